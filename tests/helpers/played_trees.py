@@ -143,6 +143,11 @@ def players(**fields: Any) -> Players:
     return Players(pattern=table({**CHILDREN, "reflection": {"thinking": 1}}, after_wrong), **fields)
 
 
+def verdict_of(chain: Trajectory) -> Verdict:
+    names = ("outcome", "reward", "answered", "detail", "parts")
+    return Verdict(**{name: getattr(chain, name) for name in names})
+
+
 class EpisodeGoesOnError(Exception):
     """An episode goes on where its chain has ended."""
 

@@ -24,6 +24,7 @@ from played_trees import (
     play_again,
     played,
     players,
+    verdict_of,
 )
 from search_engines import call_of
 from search_world import Grown, Script, codec, prompt, search_config, search_model, table
@@ -165,8 +166,7 @@ def test_a_chain_that_used_up_its_turns_is_whole_and_judged() -> None:
     last = result.tree.nodes[-1]
     assert (last.type, last.defect, last.finish_reason, last.scored, last.correct) == (CALL, None, "turns", 0, True)
     assert "truncated" not in result.tree.counts and result.tree.stop == "correct"
-    line = tree_line(result.tree)
-    assert "last turn" in node_facts(last) and tree_line(parse_line(line)) == line
+    assert "last turn" in node_facts(last) and parse_line(tree_line(result.tree)).nodes[-1].finish_reason == "turns"
     [trajectory] = trajectories(result)
     assert (trajectory.finish_reason, trajectory.reward, trajectory.parts) == ("turns", 0.25, {"environment": 0.25})
     assert result.tree.most_frequent is None, "a call is no answer"
@@ -196,6 +196,20 @@ def test_the_end_token_of_a_failed_chain_ends_a_turn() -> None:
     assert (first.defect, first.visits, first.total, first.samples) == ("unanswered", 2, -1.0, 2)
     assert (failed.visits, failed.verdict and failed.verdict.outcome) == (0, "error")
     assert [(t.outcome, t.reward) for t in trajectories(result)] == [("wrong", -0.5), ("ok", 1.0)]
+
+
+@pytest.mark.parametrize(("room", "is_over"), [(500, False), (9, True)])
+def test_a_malformed_turn_is_judged_if_its_episode_ends_there(room: int, is_over: bool) -> None:
+    """An episode would go on after a call behind an answer, unless there is no room for more than these 9 tokens."""
+    text = "<thinking>a</thinking>" + RIGHT + A
+    world = chains({"": [text]})
+    world.replies[text] = Reply(text=answered("a"), reward=0.25)
+    result = grown(world, 1, max_chain_tokens=room)
+    asked = [(event.completion, event.finished) for event in result.events if isinstance(event, Asked)]
+    assert asked == ([(text, False)] if is_over else []) and result.tree.counts == {"malformed": 1}
+    [trajectory] = trajectories(result)
+    end = "length" if is_over else "stop"
+    assert (trajectory.outcome, trajectory.reward, trajectory.finish_reason) == ("wrong", 0.25, end)
 
 
 def test_failed_children_are_judged_before_a_simulation_enters_them() -> None:
@@ -275,11 +289,6 @@ def test_a_chain_of_a_tree_is_an_episode(kind: str, judging: str | None) -> None
     assert set(ends) == {"stop", "length", "turns"}
 
 
-def verdict_of(chain: Trajectory) -> Verdict:
-    names = ("outcome", "reward", "answered", "detail", "parts")
-    return Verdict(**{name: getattr(chain, name) for name in names})
-
-
 def replies_of(world: Any, tree: Tree, chain: Trajectory) -> list[Reply]:
     """Return the replies of all turns, of a last one that has not ended too."""
     turns = [""]
@@ -306,15 +315,9 @@ def is_ended_by_the_search(node: ThoughtNode) -> bool:
 def test_the_order_of_arrival_does_not_change_a_tree(kind: str) -> None:
     searched = {**SEARCHES[kind], "parallel_simulations": 4, "max_depth": 12, "stop": {"simulations": 24}}
     limits = {"bounds": {"max_turns": 2}, "max_chain_tokens": 22}
-    lines = {
-        tree_line(
-            played(
-                players(defects=0.1), searched=searched, arrivals=random.Random(seed) if seed else None, **limits
-            ).tree
-        )
-        for seed in range(4)
-    }
-    assert len(lines) == 1
+    orders = [None, *map(random.Random, range(1, 4))]
+    grown = [played(players(defects=0.1), searched=searched, arrivals=order, **limits) for order in orders]
+    assert len({tree_line(each.tree) for each in grown}) == 1
 
 
 class Instant:
