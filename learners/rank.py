@@ -226,7 +226,7 @@ class LearnerRank:
             teacher=self.teacher or self.reference,
             interpolation=batch.interpolation or objective.distill.interpolation_at(step, self.stage.steps),
             metrics=StepMetrics(self.settings.device, tuple(weights), reports=self.settings.reports),
-            tokens=TokenRecorder(batch, weights),
+            tokens=TokenRecorder(batch, weights, objective.policy.overlong_shaping(self.settings.max_tokens)),
         )
         measures = bool(objective.grad_norm_interval) and step % objective.grad_norm_interval == 0
         contexts = [UpdateContext(version, number, measures and not number) for number in range(len(updates))]

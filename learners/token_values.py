@@ -9,6 +9,7 @@ from torch import Tensor
 
 from learners.samples.types import Origin, PackItem, Sample
 from rlsys.interfaces import TokenValues
+from rlsys.overlong import OverlongShaping
 from rlsys.types import TrainingBatch
 
 
@@ -20,10 +21,11 @@ class TokenRecorder:
     Args:
         batch: data of the step.
         terms: names of the terms with a weight in the step.
+        shaping: overlong shaping of the rewards that the loss compares.
     """
 
-    def __init__(self, batch: TrainingBatch, terms: Collection[str]) -> None:
-        self._batch, self._terms, self._kept = batch, terms, frozenset(batch.kept)
+    def __init__(self, batch: TrainingBatch, terms: Collection[str], shaping: OverlongShaping) -> None:
+        self._batch, self._terms, self._shaping, self._kept = batch, terms, shaping, frozenset(batch.kept)
         self._built: set[Origin] = set()
         self._trained: set[Origin] = set()
         self._values: dict[Origin, TokenValues] = {}
@@ -68,7 +70,6 @@ class TokenRecorder:
         """Return why the policy term does not train a trajectory."""
         group = self._batch.groups[group_number]
         trajectory = group.trajectories[number]
-        rewards = {each.reward for each in group.trajectories if each.judged}
         if not trajectory.judged:
             return f"not trained: the verifier gave no verdict ({trajectory.outcome})"
         if not trajectory.loss_mask[1:].any():
@@ -77,7 +78,7 @@ class TokenRecorder:
             return "the policy term has no weight in this step"
         if (group_number, number) not in self._built:
             return "not trained: its nodes are trained with another completion of the tree"
-        if len(rewards) == 1:
+        if not self._shaping.rewards_differ(group):
             return "not trained: all rewards of the group are equal"
         return "not trained: its advantage is 0"
 

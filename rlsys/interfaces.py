@@ -102,7 +102,8 @@ class Task(Protocol):
         Args:
             problem: the problem, whose id may have a suffix.
             completion: text of the completion, without the prompt and the end token.
-            finished: False if the completion was cut off. Answers of a tree search are complete by construction.
+            finished: False if the completion was cut off. Answers of a tree search are complete by construction, and
+                it asks about chains that were cut off only beside an environment.
         """
         ...
 

@@ -46,7 +46,7 @@ In the other cases the search does not continue below the node:
 """
 
 ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "unanswered", "wrong_step"})
-"""Defects with which a chain has failed, with reward 0. The others are limits of the search."""
+"""Defects with which a chain has failed, with reward 0 without an environment. The others are limits of the search."""
 
 TEXT = "text"
 """Type of a piece of a chain that does not begin with the tag of a known node."""
@@ -77,7 +77,8 @@ class ThoughtNode:
         spill: Text after the closing tag that the last token also holds ("<" of a token "><"). This text belongs to
             the next node, not to `text`. The next node's own tokens begin after it.
         writer: Role of the engine that wrote the node.
-        finish_reason: Finish reason of the engine call that produced the node; None if nothing was generated.
+        finish_reason: Finish reason of the engine call that produced the node; None if nothing was generated. "turns"
+            for the last turn of a chain that has used up its turns, "length" for one whose reply leaves no room.
         versions: Weight versions of the generated tokens, by index into token_ids.
         defect: Reason why no node may follow; None for a whole node.
         backtrack: Whether the search put the node there after a wrong answer.
@@ -85,9 +86,9 @@ class ThoughtNode:
         estimate: Value that `search.value` gave the node when it was new; None without one.
         visits: Number of chains that ended at or below the node, including repeated draws. These are the scored
             answers and the chains that the proposing model ended without an answer.
-        total: Sum of the rewards of these chains. Chains without an answer have reward 0.
-        verdict: Verdict on the chain that ends here; None unless the node is whole, terminal and judged. A chain
-            without an answer has one if replies of an environment gave it a reward, or if the environment failed.
+        total: Sum of the rewards of these chains. Chains that failed have reward 0 without an environment.
+        verdict: Verdict on the chain that ends here; None unless it is judged. Without an environment only a whole,
+            terminal node is. Beside one, a chain that failed without an answer is judged as the episode that it is.
         scored: Place of this answer among the scored answers of the tree (outcome ok or wrong), from 0; otherwise -1.
         scored_tokens: Total of tokens that the tree had generated when the answer was scored.
     """
@@ -185,10 +186,11 @@ class Tree:
     def most_frequent(self) -> int | None:
         """Number of a node with the answer that was drawn most often, the first of equal ones; None without answers."""
         draws = Counter[str]()
-        for number in self.answers():
+        answers = [n for n in self.answers() if self.nodes[n].finish_reason != "turns"]  # a last turn is no answer
+        for number in answers:
             draws[answer_text(self.nodes[number].text)] += self.nodes[number].samples
         best = max(draws, key=draws.__getitem__, default="")
-        return next((n for n in self.answers() if answer_text(self.nodes[n].text) == best), None)
+        return next((n for n in answers if answer_text(self.nodes[n].text) == best), None)
 
     def completion(self, number: int) -> str:
         """Return the text of the chain that ends at a node."""

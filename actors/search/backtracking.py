@@ -19,14 +19,17 @@ class Backtracking:
 
     def __init__(self, tree: GrowingTree, config: SearchConfig) -> None:
         self._tree, self._most, self._rule = tree, config.max_backtracks, config.backtrack_to
+        self._is_on = config.backtracking
         self.queue: deque[tuple[Node, str]] = deque()
 
     def plan(self, answer: Node) -> None:
-        """Queue one child for a wrong answer, unless the table or a limit forbids it.
+        """Queue one child for a wrong answer, unless the config, the table or a limit forbids it.
 
         The parent of the child is an ancestor of the answer whose type has a row in `after_wrong`: the nearest one,
         whether or not it may get a child, or the best one that may.
         """
+        if not self._is_on:
+            return
         ancestors = [node for node in answer.upwards() if node is not answer and self._row(node)]
         if self._rule == "nearest":
             ancestors = ancestors[:1]

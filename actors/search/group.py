@@ -21,9 +21,9 @@ def build_searched_group(
     """Return the trajectories, preference pairs and demonstrations of a tree.
 
     There is one trajectory for every scored answer and for every chain that the policy itself ended without an answer.
-    The latter have reward 0, so that training sees chains that never reach an answer. Trajectories have the order of
-    their last nodes in the tree. If the policy chose no token of any trajectory, as in a tree that another model
-    proposed, the group has pairs and demonstrations only.
+    The latter have reward 0, so that training sees chains that never reach an answer; beside an environment they have
+    the verdict on their episode. Trajectories have the order of their last nodes in the tree. If the policy chose no
+    token of any trajectory, as in a tree that another model proposed, the group has pairs and demonstrations only.
 
     Args:
         codec: Codec of the policy.
@@ -82,7 +82,8 @@ def _verdict(node: ThoughtNode) -> Verdict | None:
     if node.scored >= 0:
         return node.verdict
     if node.defect in ENDINGS and node.writer == "policy":
-        return node.verdict or Verdict(outcome="wrong", reward=0.0, answered=False, detail=node.defect)
+        verdict = node.verdict or Verdict(outcome="wrong", reward=0.0, answered=False, detail=node.defect)
+        return verdict if verdict.outcome in ("ok", "wrong") else None
     return None
 
 
@@ -104,8 +105,8 @@ def _trajectory(tree: Tree, number: int, verdict: Verdict, codec: Codec) -> Traj
 
 
 def _finish_reason(node: ThoughtNode) -> FinishReason:
-    """Return "stop" for a whole node, even if the engine call went on after it, else the call's finish reason."""
-    return (node.finish_reason or "stop") if node.defect else "stop"
+    """Return why a chain ended. For a whole node it is "stop" or "turns", even if its call went on."""
+    return (node.finish_reason or "stop") if node.defect or node.finish_reason == "turns" else "stop"
 
 
 def _step(number: int, start: int, stop: int, node: ThoughtNode) -> Step:

@@ -11,9 +11,7 @@ from actors.search.reading import ChainPiece, CompletionReader
 from actors.search.requests import Values
 from actors.search.simulations import Simulation
 from actors.search.tree import GrowingTree, Node
-from actors.search.turns import Turns
 from actors.search.values.valuation import Valuation
-from rlsys.trees import ENDINGS, Role
 
 
 class Growth:
@@ -22,8 +20,6 @@ class Growth:
     Args:
         places: Gets the new nodes; None if the search goes down paths.
         valuation: None if no values are asked for.
-        proposer: Role that proposes the nodes.
-        turns: None without an environment.
     """
 
     def __init__(
@@ -32,11 +28,8 @@ class Growth:
         reader: CompletionReader,
         places: ChainPlaces | None,
         valuation: Valuation | None,
-        proposer: Role,
-        turns: Turns | None,
     ) -> None:
         self._tree, self._reader, self._places, self._valuation = tree, reader, places, valuation
-        self._proposer, self._turns = proposer, turns
 
     def read(self, job: Job, completions: Sequence[Completion], *, asks: bool) -> None:
         """Read the nodes of a job into its `lines`, and in its `unvalued` those that must wait for values.
@@ -57,14 +50,14 @@ class Growth:
         assert self._valuation is not None  # noqa: S101 - it has asked
         self._valuation.apply(job.unvalued, values)
 
-    def add_children(self, job: Job) -> None:
-        """Add children. The reward of one that ends its chain is known without a simulation."""
+    def add_children(self, job: Job) -> list[Node]:
+        """Add children, and return the child of every draw."""
         job.node.expanding, job.node.expanded = False, True
+        children = []
         for [piece] in job.lines:
-            child = self._tree.add(job.node, piece.node)
-            self._tree.refresh(child)
-            if self.has_failed(child):
-                self._tree.back_up(child, self.failed_reward(child))
+            children.append(self._tree.add(job.node, piece.node))
+            self._tree.refresh(children[-1])
+        return children
 
     def add_chain(self, job: Job, simulation: Simulation) -> str | None:
         """Add the nodes of a chain and enter them; return the type of the node that the reviewer must write."""
@@ -77,11 +70,3 @@ class Growth:
             child = self._tree.add(job.node, piece.node)
             simulation.enter(child)
             self._tree.refresh(child)
-
-    def has_failed(self, node: Node) -> bool:
-        """Return whether the proposer's chain has failed at a node without an answer."""
-        return node.defect in ENDINGS and node.writer == self._proposer
-
-    def failed_reward(self, node: Node) -> float:
-        """Return the reward of a chain that has failed: 0, or that of the replies of an environment."""
-        return self._turns.unanswered_reward(node) if self._turns else 0.0

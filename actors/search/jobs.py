@@ -13,7 +13,7 @@ from actors.search.reading import Line
 from actors.search.requests import Ask, Judge, Request, Turn, Value, Values
 from actors.search.simulations import Simulation
 from actors.search.tree import Node
-from actors.search.turns import turn_texts
+from actors.search.turns import is_cut_off, turn_texts
 from actors.search.values.valuation import Unvalued
 from rlsys.interfaces import Reply
 from rlsys.types import Verdict
@@ -26,7 +26,8 @@ class Job:
     """An expansion, a verdict or a reply that has not been applied to the tree.
 
     Attributes:
-        simulations: Simulations that wait for it. Only "children" jobs have more than one.
+        simulations: Simulations that wait for it. Only "children" jobs have more than one. A verdict or reply has
+            none for a chain that failed at a child before a simulation has entered the child.
         number: Number of its request; -1 if it needs no request.
         lines: The nodes that its completions have brought, which wait for their values.
         unvalued: Those of them whose values are open.
@@ -60,9 +61,8 @@ class JobQueue:
         """Number a job and queue its request."""
         self._number(job)
         if job.kind in ("verdict", "reply"):
-            turns = turn_texts(job.node)
             self._judgements.append(job)
-            self._requests.append(Turn(job.number, turns) if job.kind == "reply" else Judge(job.number, "".join(turns)))
+            self._requests.append(_judgement(job))
         else:
             self._expansions.append(job)
             self._requests.append(Ask(job.number, tuple(planned.call for planned in job.plan.calls)))
@@ -97,3 +97,10 @@ class JobQueue:
     @property
     def is_empty(self) -> bool:
         return not self._expansions and not self._judgements
+
+
+def _judgement(job: Job) -> Judge | Turn:
+    turns = turn_texts(job.node)
+    if job.kind == "reply":
+        return Turn(job.number, turns)
+    return Judge(job.number, "".join(turns), finished=not is_cut_off(job.node))

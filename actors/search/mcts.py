@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from actors.engine import Completion
 from actors.rollouts.seeds import sample_seed
 from actors.search.backtracking import Backtracking
+from actors.search.endings import Endings
 from actors.search.expansion import Expander, Plan
 from actors.search.frontier import frontier
 from actors.search.growth import Growth
@@ -28,7 +29,7 @@ from actors.search.requests import Request, SearchModel, Values, proposing_role
 from actors.search.selection import choose
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
-from actors.search.stopping import StopRule, is_correct, thinking_of
+from actors.search.stopping import StopRule
 from actors.search.tree import Node, Status
 from actors.search.turns import SearchedEnvironment, Turns
 from actors.search.values.agreement import agreement
@@ -81,11 +82,13 @@ class TreeSearch:
         self._stop = StopRule(config.stop)
         self._simulations = Simulations(self._tree, self._stop, agreement(self._tree, config.value))
         self._places = chain_places(self._tree, self._expander, config.selection)
-        reader, values = (
-            CompletionReader(self._tree, config, models),
-            valuation(self._tree, self._expander, config.value),
+        reader = CompletionReader(self._tree, config, models)
+        values = valuation(self._tree, self._expander, config.value)
+        self._growth = Growth(self._tree, reader, self._places, values)
+        proposer = proposing_role(models)
+        self._endings = Endings(
+            self._tree, self._jobs, self._simulations, self._stop, self._backtracking, proposer, self._turns
         )
-        self._growth = Growth(self._tree, reader, self._places, values, proposing_role(models), self._turns)
         self._frontier = frontier(self._tree, config.selection, self._rng)
         self._expansions: dict[Node, Job] = {}
 
@@ -141,7 +144,7 @@ class TreeSearch:
         while True:
             node = simulation.node
             if node.terminal and not node.defect:
-                self._judge(node, simulation)
+                self._endings.judge(node, simulation)
                 return
             if node.expanding:
                 self._expansions[node].simulations.append(simulation)
@@ -195,25 +198,13 @@ class TreeSearch:
         if not plan.calls:
             self._receive(job, ())
 
-    def _judge(self, node: Node, simulation: Simulation) -> None:
-        """Back up the verdict of a whole chain, or request the verdict if there is none yet.
-
-        No other simulation arrives before the verdict: the node is blocked, and completions wait for open verdicts.
-        """
-        if node.verdict is not None:
-            self._simulations.end(simulation, node.verdict)
-        elif self._turns and node.reply is None:
-            self._jobs.ask("reply", node, simulation)
-        else:
-            self._jobs.ask("verdict", node, simulation)
-
     def _apply(self, job: Job, answer: Answer) -> None:
         if job.kind == "reply" and self._turns and isinstance(answer, Reply | Verdict):
-            self._turns.take(job.simulations[0], answer)
+            child = self._turns.take(job.node, answer)
             self._jobs.close(job)
-            self._go_on(job, job.simulations[0])
+            self._go_on_after_reply(job, child)
         elif isinstance(answer, Verdict):
-            self._apply_verdict(job, answer)
+            self._endings.take_verdict(job, answer)
         elif isinstance(answer, Values):
             self._stop.tokens += answer.tokens
             self._growth.value(job, answer)
@@ -256,29 +247,26 @@ class TreeSearch:
         """Continue a simulation with the node that a job has brought, or end it there."""
         node = simulation.node
         is_end = node.terminal or self._tree.ends_turn(node.type)
-        if self._growth.has_failed(node):
-            self._simulations.back_up(simulation, self._growth.failed_reward(node))
+        if self._endings.has_failed(node):
+            self._endings.fail(node, simulation)
         elif job.kind == "reply" or (node is not job.node and (job.kind == "single" or is_end)):
             self._continue(simulation)
         else:
             self._simulations.leave(simulation)
 
+    def _go_on_after_reply(self, job: Job, child: Node | None) -> None:
+        """Continue the simulation at a turn that was answered with the node of the reply, if there is one."""
+        if not job.simulations:
+            self._endings.fail(job.node, None)
+            return
+        [simulation] = job.simulations
+        if child is not None:
+            simulation.enter(child)
+            self._tree.refresh(child)
+        self._go_on(job, simulation)
+
     def _add_children(self, job: Job) -> None:
         del self._expansions[job.node]
-        self._growth.add_children(job)
+        children = self._growth.add_children(job)
         self._jobs.close(job)
-
-    def _apply_verdict(self, job: Job, verdict: Verdict) -> None:
-        node, [simulation] = job.node, job.simulations
-        verdict = self._turns.rewarded(node, verdict) if self._turns else verdict
-        node.verdict, node.scored_tokens = verdict, self._stop.tokens
-        is_scored = verdict.outcome in ("ok", "wrong")
-        if is_scored:
-            node.scored = self._stop.scored
-        else:
-            self._tree.counts[f"verifier_{verdict.outcome}"] += 1
-        self._stop.count(verdict, thinking_of(node, self._tree.pattern))
-        self._jobs.close(job)
-        self._simulations.end(simulation, verdict)
-        if is_scored and not is_correct(verdict) and self._config.backtracking:
-            self._backtracking.plan(node)
+        self._endings.fail_children(children)

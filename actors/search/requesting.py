@@ -34,11 +34,15 @@ class Requesting:
             self._tree.refresh(node)
         return job
 
-    def ask(self, kind: Literal["verdict", "reply"], node: Node, simulation: Simulation) -> None:
-        """Request the verdict on the chain, or the reply to the turn, that ends at a node."""
+    def ask(self, kind: Literal["verdict", "reply"], node: Node, simulation: Simulation | None) -> None:
+        """Request the verdict on the chain, or the reply to the turn, that ends at a node.
+
+        Args:
+            simulation: The one that waits for it, if there is one.
+        """
         node.expanded = node.expanded or kind == "reply"
         node.waiting += 1
-        self._queue.add(Job(kind, node, [simulation]))
+        self._queue.add(Job(kind, node, [] if simulation is None else [simulation]))
         self._tree.refresh(node)
 
     def ask_values(self, job: Job) -> None:

@@ -76,10 +76,15 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """Request for a verdict on a chain. The answer is a `Verdict`."""
+    """Request for a verdict on a chain. The answer is a `Verdict`.
+
+    Attributes:
+        finished: False if a bound of tokens cut the chain off.
+    """
 
     number: int
     completion: str
+    finished: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Verifier(Protocol):
 
     async def verify(
         self,
-        items: Sequence[tuple[Problem, str]],
+        items: Sequence[tuple[Problem, str, bool]],
         on_verdicts: Callable[[Sequence[tuple[int, Verdict]]], None] | None = None,
     ) -> list[Verdict]: ...
 
@@ -288,7 +288,8 @@ class TreeScheduler:
             self._deliver([(tree, judge.number, verdict) for tree, judge, verdict in judged])
 
         try:
-            await self._verifier.verify([(tree.prompt.problem, judge.completion) for tree, judge in chains], deliver)
+            items = [(tree.prompt.problem, judge.completion, judge.finished) for tree, judge in chains]
+            await self._verifier.verify(items, deliver)
         except Exception as error:  # noqa: BLE001 - the trees' callers get it, as above
             for tree, _ in waiting.values():
                 self._fail(tree, error)

@@ -70,10 +70,26 @@ class Simulations:
         self._finish(simulation)
         self._tree.back_up(simulation.node, reward)
 
+    def fail(self, node: Node, simulation: Simulation | None, reward: float) -> None:
+        """End a chain without an answer, which agrees with no other.
+
+        Args:
+            simulation: The one that ends there; None if none has entered the node. Then every draw of it counts.
+        """
+        reward = reward if self._agreement is None else 0.0
+        if simulation is not None:
+            self.back_up(simulation, reward)
+            return
+        while node.visits < node.samples:
+            self._tree.back_up(node, reward)
+
     def end(self, simulation: Simulation, verdict: Verdict) -> None:
         """End a simulation with the verdict on its answer. A failed verification gives no reward."""
         if verdict.outcome not in ("ok", "wrong"):
             self.leave(simulation)
+            return
+        if simulation.node.finish_reason == "turns":  # its last turn is no answer that could agree with others
+            self.fail(simulation.node, simulation, verdict.reward)
             return
         if not any(node.backtrack for node in simulation.path):  # such a chain was told what is wrong
             self._stop.votes[answer_text(simulation.node.text)] += 1

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from actors.rollouts.multi_turn import environment_failure, with_replies
 from actors.search.requests import SearchModel
-from actors.search.simulations import Simulation
 from actors.search.tree import GrowingTree, NewNode, Node
 from rlsys.config.environment import EnvironmentConfig
 from rlsys.interfaces import Reply
@@ -44,6 +44,11 @@ def turn_texts(node: Node) -> tuple[str, ...]:
     return tuple(turns)
 
 
+def is_cut_off(node: Node) -> bool:
+    """Return whether a bound of tokens has cut the chain off that ends at a node."""
+    return node.defect is not None and node.finish_reason == "length"
+
+
 class Turns:
     """The turns of one tree.
 
@@ -58,28 +63,31 @@ class Turns:
         self._tree, self._environment, self._model = tree, environment, model
         self._max_own_tokens = max_own_tokens
 
-    def take(self, simulation: Simulation, reply: Reply | Verdict) -> None:
-        """Take the reply to the turn at which a simulation stands, and enter its node, or end the chain.
+    def take(self, node: Node, reply: Reply | Verdict) -> Node | None:
+        """Take the reply to the turn that ends at a node; return its node, None if the chain ends.
 
         A failed environment ends the chain without a reward.
         """
-        node = simulation.node
         if isinstance(reply, Verdict):
             node.terminal, node.verdict = True, environment_failure(reply)
             self._tree.counts[f"environment_{reply.outcome}"] += 1
-            return
-        node.reply, node.terminal = reply, node.terminal or reply.done
-        if not node.terminal and (new := self._next(node, reply)):
-            child = self._tree.add(node, new)
-            simulation.enter(child)
-            self._tree.refresh(child)
+            return None
+        node.reply = reply
+        node.terminal = reply.done or (node.terminal and not node.defect)
+        new = None if node.terminal or self._has_end_token(node) else self._next(node, reply)
+        return None if new is None or node.defect else self._tree.add(node, new)
 
     def _next(self, node: Node, reply: Reply) -> NewNode | None:
-        """Return the node of a reply; None if it leaves no room for another turn, which ends the chain."""
+        """Return the node of a reply; None if no turn may follow, or if it leaves no room for one."""
+        if len(turn_texts(node)) >= self._environment.config.max_turns:
+            node.terminal, node.finish_reason = True, "turns"
+            return None
         token_ids = self._environment.encode(reply.text)
-        if len(turn_texts(node)) >= self._environment.config.max_turns or self._room(node, token_ids) < 1:
-            node.defect, node.finish_reason = "truncated", "length"
-            self._tree.counts["truncated"] += 1
+        if self._room(node, token_ids) < 1:
+            node.finish_reason = "length"
+            if node.defect is None:
+                node.defect = "truncated"
+                self._tree.counts["truncated"] += 1
             return None
         return NewNode(
             type=ENVIRONMENT,
@@ -94,20 +102,42 @@ class Turns:
             defect=None,
         )
 
+    def open_request(self, node: Node) -> Literal["reply", "verdict"] | None:
+        """Return what an episode would request next after a chain that has failed at a node.
+
+        A turn that has ended gets its reply. The chain is judged if the episode is over then, or was cut off. Where an
+        episode would go on, the search has ended the chain, and nothing is requested.
+        """
+        if node.verdict is not None:
+            return None
+        if is_cut_off(node):
+            return "verdict"
+        has_end_token = self._has_end_token(node)
+        if node.reply is not None:
+            return "verdict" if node.terminal or has_end_token else None
+        has_stop = any(node.text.rstrip().endswith(stop) for stop in self._environment.config.stop)
+        return "reply" if has_stop or has_end_token else None
+
     def rewarded(self, node: Node, verdict: Verdict) -> Verdict:
         """Return the verdict of the task on a chain with the rewards of its replies, as for an episode."""
         return with_replies(verdict, [step.reply for step in node.path() if step.reply is not None])
 
     def unanswered_reward(self, node: Node) -> float:
-        """Return the reward of a chain that failed at a node without an answer: that of its replies.
+        """Return the reward of a chain that failed at a node, by its verdict or else by its replies.
 
         The node gets a verdict if there is such a reward, or if a reply has said that the problem is solved.
         """
+        if node.verdict is not None:
+            return node.verdict.reward
         failed = Verdict(outcome="wrong", reward=0.0, answered=False, detail=node.defect or "")
         verdict = self.rewarded(node, failed)
         if verdict != failed:
             node.verdict = verdict
         return verdict.reward
+
+    def _has_end_token(self, node: Node) -> bool:
+        """Return whether a failed chain ends with an end token, after which an episode has no further turn."""
+        return node.defect is not None and node.token_ids[-1] in self._model.codec.end_token_ids
 
     def _room(self, node: Node, reply: Sequence[int]) -> int:
         """Return the number of tokens that the policy may still choose after a reply."""

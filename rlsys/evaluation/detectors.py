@@ -130,7 +130,8 @@ class Signs:
         reflections: Number of reflections.
         idle_reflections: Number of reflections that do not change the stated answer.
         over_reflection: At least IDLE_REFLECTIONS idle reflections; or, without a valid answer, as many reflections.
-        ignored_instruction: The completion was not cut off, and the verifier finds no valid answer in it.
+        ignored_instruction: The completion was not cut off, its turns were not used up, and the verifier finds no valid
+            answer in it.
         loop: The longest loop; "" without one.
     """
 
@@ -154,6 +155,6 @@ def signs(sample: Sample) -> Signs:
         reflections=count,
         idle_reflections=idle,
         over_reflection=idle >= IDLE_REFLECTIONS or (unanswered and count >= IDLE_REFLECTIONS),
-        ignored_instruction=unanswered and not sample.truncated,
+        ignored_instruction=unanswered and not (sample.truncated or sample.out_of_turns),
         loop=loop,
     )

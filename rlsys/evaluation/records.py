@@ -28,6 +28,7 @@ class Sample:
         judged: Whether the verifier reached a verdict.
         answered: Whether the verifier finds a valid answer.
         truncated: See `Trajectory.truncated`.
+        out_of_turns: Whether it is an episode that used up its turns.
         reason: The verifier's reason; "" if it gives none.
         logprob: Mean log-probability of the tokens, in nats.
     """
@@ -39,6 +40,7 @@ class Sample:
     judged: bool
     answered: bool
     truncated: bool
+    out_of_turns: bool
     reason: str
     logprob: float
 
@@ -62,6 +64,7 @@ def _sample(trajectory: Trajectory, model: ModelFolder, joint: str) -> Sample:
         judged=trajectory.judged,
         answered=trajectory.answered,
         truncated=trajectory.truncated,
+        out_of_turns=trajectory.finish_reason == "turns",
         reason=trajectory.detail,
         logprob=float(trajectory.behavior_logprobs.sum()) / max(1, tokens),
     )

@@ -37,9 +37,10 @@ def group_rewards(group: TrajectoryGroup) -> list[float]:
 
 
 def group_facts(group: TrajectoryGroup) -> dict[str, Any]:
-    """Return the keys about the group of a completion: its size, and the mean reward or None."""
+    """Return the keys about the group of a completion: its size, the judged ones, their mean reward or None."""
     rewards = group_rewards(group)
-    return {"group_size": len(group.trajectories), "group_reward": float(np.mean(rewards)) if rewards else None}
+    mean = float(np.mean(rewards)) if rewards else None
+    return {"group_size": len(group.trajectories), "group_judged": len(rewards), "group_reward": mean}
 
 
 def judgement(trajectory: Trajectory) -> dict[str, Any]:
@@ -67,11 +68,20 @@ def mean_logprob(row: Mapping[str, Any]) -> float | None:
     return sum(logprobs) / len(logprobs) if logprobs else None
 
 
+def judged_of(row: Mapping[str, Any]) -> str:
+    """Return the size of the group of a completion, and how many of it are judged if not all are.
+
+    A row from before the key `group_judged` does not say how many are.
+    """
+    size, judged = row["group_size"], row.get("group_judged", row["group_size"])
+    return f"{size}" if judged == size else f"{judged} judged of {size}"
+
+
 def heading(row: Mapping[str, Any]) -> str:
     """Return the judgement of a completion in a line."""
     parts = ["right" if row["correct"] else row["outcome"]]
     if row["reward"] is not None:
-        mean = "" if row["group_reward"] is None else f" (mean of its {row['group_size']}: {row['group_reward']:.3g})"
+        mean = "" if row["group_reward"] is None else f" (mean of its {judged_of(row)}: {row['group_reward']:.3g})"
         parts.append(f"reward {row['reward']:g}{mean}")
         parts += [] if row["answered"] else ["no answer"]
     parts.append(f"{row['tokens']} tokens")

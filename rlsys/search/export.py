@@ -227,7 +227,7 @@ NO_PAIR = {
 
 
 def _why_no_pair(tree: Tree, config: ExtractConfig) -> str:
-    has_wrong = any(map(extract.is_wrong, tree.nodes))
+    has_wrong = any(extract.is_wrong(tree.nodes[number]) for number in tree.answers())
     if tree.solved:
         if has_wrong and (config.pairs == "same_type" or config.max_backtracks is not None):
             return "by_rule"

@@ -42,6 +42,8 @@ def node_facts(node: ThoughtNode) -> list[str]:
         facts.append("after a wrong answer")
     if node.defect:
         facts.append(node.defect)
+    if node.finish_reason == "turns":
+        facts.append("last turn")
     return facts
 
 

@@ -101,7 +101,7 @@ def chain_rows(
 
 def _is_trained(kind: str, types: Collection[str]) -> bool:
     """Return whether nodes of a type are trained: never replies of an environment."""
-    return kind in types if types else kind != ENVIRONMENT
+    return kind != ENVIRONMENT and (not types or kind in types)
 
 
 def _selected(tree: Tree, config: ExtractConfig, codec: Codec, scores: ScoreFile | None) -> Chain | None:

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rlsys.config.schema import Config
 from rlsys.config.search import ExtractConfig
 from rlsys.errors import ConfigError, DataError
+from rlsys.run.judgements import judged_of
 from rlsys.run.step_times import PARTS
 from rlsys.search.marks import read_marks
 from rlsys.search.outline import question_text
@@ -41,6 +42,7 @@ def environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    templates.globals["judged_of"] = judged_of
     templates.globals["colours"] = rollout_rows.COLOURS
     templates.globals["levels"] = {
         "advantage": rollout_rows.legend(rollout_rows.ADVANTAGES),

@@ -18,6 +18,7 @@ ANSWERS: Mapping[str, Sequence[int]] = {"p0": (3, 7, 7, 3), "p1": (7, 3, 0, 3), 
 
 def sample(text: str = "", **changes: Any) -> Sample:
     values: dict[str, Any] = {"tokens": 2, "right": False, "judged": True, "answered": True, "truncated": False}
+    values["out_of_turns"] = False
     reward = float(changes.get("right", False))
     return Sample(text=text, **{**values, "reward": reward, "reason": "", "logprob": -1.0, **changes})
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import random
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,10 +22,21 @@ from actors.rollouts.multi_turn import Episodes
 from actors.search.requests import Call, SearchModel
 from actors.search.turns import SearchedEnvironment
 from rlsys.config.environment import EnvironmentConfig
+from rlsys.config.rewards import RewardsConfig
 from rlsys.interfaces import Reply
 from rlsys.models.turns import TurnEncoder
+from rlsys.rewards import Rewards
+from rlsys.tasks.answers.judge import Judge
 from rlsys.trees import ENVIRONMENT
-from rlsys.types import Problem, SamplingSettings, Trajectory, TrajectoryGroup, Verdict, VersionSpan
+from rlsys.types import (
+    FinishReason,
+    Problem,
+    SamplingSettings,
+    Trajectory,
+    TrajectoryGroup,
+    Verdict,
+    VersionSpan,
+)
 
 CALL, STOP = "hypothesis", "</hypothesis>"
 NEXT = {"thinking": 2, CALL: 2, "answer": 1}
@@ -55,8 +68,33 @@ def answered(letters: str) -> str:
     return f"<reclarify>{letters}</reclarify>"
 
 
+RULES = Judge(accept_cut_off=True)
+REWARDS = Rewards(
+    RewardsConfig.model_validate(
+        {"functions": [{"fn": "format"}, {"fn": "length", "arguments": {"start": 20, "end": 90}}]}
+    ),
+    "",
+)
+JUDGES: Mapping[str, Callable[[str, bool], Verdict]] = {
+    "cut-off answers": partial(RULES.verdict, "1"),
+    "functions": lambda text, finished: REWARDS.verdict(prompt().problem, text, Judge().verdict("1", text, finished)),
+    "no reference": lambda text, finished: Verdict(outcome="ok", reward=0.0, answered=finished and bool(text.strip())),
+}
+"""Judges of a text and whether it is finished."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Players(World):
-    """A policy that calls the environment at random, and an environment that pays at random and sometimes fails."""
+    """A policy that calls the environment at random, and an environment that pays at random and sometimes fails.
+
+    Attributes:
+        judging: name of the judge in JUDGES; None for that of `World`.
+    """
+
+    judging: str | None = None
+
+    def judge(self, chain: str, finished: bool = True) -> Verdict:
+        return JUDGES[self.judging](chain, finished) if self.judging else super().judge(chain, finished)
 
     def complete(self, call: Call, model: SearchModel) -> Completion:
         said = model.codec.decode(call.token_ids[len(model.prompt_ids) :])
@@ -105,46 +143,65 @@ def players(**fields: Any) -> Players:
     return Players(pattern=table({**CHILDREN, "reflection": {"thinking": 1}}, after_wrong), **fields)
 
 
-class _Again:
-    """Engine and judges of one episode, whose turns are those of a chain."""
+def verdict_of(chain: Trajectory) -> Verdict:
+    names = ("outcome", "reward", "answered", "detail", "parts")
+    return Verdict(**{name: getattr(chain, name) for name in names})
 
-    def __init__(self, world: Any, turns: list[list[int]]) -> None:
-        self.world, self.turns = world, turns
+
+class EpisodeGoesOnError(Exception):
+    """An episode goes on where its chain has ended."""
+
+
+class _Again:
+    """Engine and judges of one episode, whose turns are those of a chain. The last one may be cut off."""
+
+    def __init__(self, world: Any, turns: list[list[int]], is_cut_off: bool) -> None:
+        self.world, self.turns, self.is_cut_off = world, turns, is_cut_off
 
     def submit(self, requests: Sequence[CompletionRequest]) -> list[Future[Completion]]:
         futures = []
         for _ in requests:
+            if not self.turns:
+                raise EpisodeGoesOnError
             future: Future[Completion] = Future()
             ids = np.array(self.turns.pop(0), dtype=np.int32)
             span = VersionSpan(start=0, version=0)
             zeros = np.zeros(len(ids), dtype=np.float32)
-            future.set_result(Completion(token_ids=ids, logprobs=zeros, finish_reason="stop", versions=(span,)))
+            end: FinishReason = "length" if self.is_cut_off and not self.turns else "stop"
+            future.set_result(Completion(token_ids=ids, logprobs=zeros, finish_reason=end, versions=(span,)))
             futures.append(future)
         return futures
 
     async def verify(self, items: Sequence[tuple[Problem, str, bool]]) -> list[Verdict]:
-        return [self.world.judge(text) for _, text, _ in items]
+        return [self.world.judge(text, finished) for _, text, finished in items]
 
     async def replies(self, items: Sequence[tuple[Problem, Sequence[str]]]) -> list[Reply | Verdict]:
         return [self.world.reply(turns) if turns else Reply() for _, turns in items]
 
 
-def play_again(world: Any, token_ids: Sequence[int], replies: Sequence[tuple[int, int]], **bounds: Any) -> Trajectory:
+def play_again(world: Any, chain: Trajectory, *, max_tokens: int = 500, **bounds: Any) -> Trajectory:
     """Return the episode whose turns are those of a chain.
 
     Args:
-        token_ids: the chain, prompt first.
-        replies: begin and end of each reply in it.
+        chain: the chain, as a trajectory of its tree.
+        max_tokens: tokens of the policy in the episode.
+        bounds: fields of the section `environment`.
+
+    Raises:
+        EpisodeGoesOnError: the episode goes on after the last turn of the chain.
     """
     model, given = search_model(), prompt()
-    edges = [len(model.prompt_ids), *(edge for span in replies for edge in span), len(token_ids)]
-    turns = [list(token_ids[edges[n] : edges[n + 1]]) for n in range(0, len(edges), 2)]
-    if STOP not in codec().decode(turns[-1]) and turns[-1][-1] not in codec().end_token_ids:
+    edges = [len(model.prompt_ids), len(chain.token_ids)]
+    edges[1:1] = [edge for step in chain.steps if step.type == ENVIRONMENT for edge in (step.start, step.stop)]
+    turns = [chain.token_ids[edges[n] : edges[n + 1]].tolist() for n in range(0, len(edges), 2)]
+    has_ended = STOP in codec().decode(turns[-1]) or turns[-1][-1] in codec().end_token_ids
+    is_cut_off = chain.finish_reason == "length" and not has_ended
+    if not has_ended and not is_cut_off:
         turns[-1].append(codec().end_token_id)  # an answer of node expansion ends at its tag
-    again: Any = _Again(world, turns)
+    again: Any = _Again(world, turns, is_cut_off)
     config = environment(**bounds).config
     episodes = Episodes(again, again, TOKENIZER, [codec().end_token_id], config, model.max_model_len)
-    settings = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=500, seed=0)
+    settings = SamplingSettings(samples=1, temperature=1.0, top_p=1.0, max_tokens=max_tokens, seed=0)
 
     async def run() -> Trajectory:
         [playing] = await episodes.start([given], settings)

@@ -149,10 +149,12 @@ class World:
         text = self._node(said, rng) if call.stop.token_ids or call.stop.strings else self._chain(said, rng)
         return spoken(call, model.codec, text)
 
-    def judge(self, chain: str) -> Verdict:
+    def judge(self, chain: str, finished: bool = True) -> Verdict:
         rng = random.Random(chain)
         if rng.random() < self.failures:
             return Verdict(outcome=rng.choice(("error", "timeout")), reward=0.0, answered=False)
+        if not finished:
+            return Verdict(outcome="wrong", reward=0.0, answered=False)
         if chain.endswith("1</answer>"):
             return Verdict(outcome="ok", reward=1.0, answered=True)
         return Verdict(outcome="wrong", reward=rng.choice((0.0, 0.25)), answered=True)
@@ -229,8 +231,11 @@ class Script:
         said = model.codec.decode(call.token_ids[len(model.prompt_ids) :])
         return spoken(call, model.codec, self.left[said].popleft())
 
-    def judge(self, chain: str) -> Verdict:
-        text = MARK.split(chain)[-4]  # the text before the last closing tag, which the pattern splits in three
+    def judge(self, chain: str, finished: bool = True) -> Verdict:
+        pieces = MARK.split(chain)
+        if not finished or len(pieces) < 4:
+            return Verdict(outcome="wrong", reward=0.0, answered=False)
+        text = pieces[-4]  # the text before the last closing tag, which the pattern splits in three
         for letter, outcome in (("e", "error"), ("t", "timeout")):
             if letter in text:
                 return Verdict(outcome=outcome, reward=0.0, answered=False)
@@ -324,7 +329,7 @@ def grow(
         elif isinstance(request, Turn):
             answer = world.reply(request.turns)
         else:
-            answer = world.judge(request.completion)
+            answer = world.judge(request.completion, request.finished)
         events.append((request.number, answer, search._stop.finished))
         new = search.deliver(request.number, answer)
         events += new

@@ -44,6 +44,7 @@ class Guess(Game):
         return Reply(text=hint.text, done=hint.done, solved=hint.done and "right" in hint.text, reward=self.bonus)
 """
 STEPS, INTERVAL, STAGE_STEPS, TREE_COUNT = 4, 2, 2, 15
+MAX_TURNS = 4
 TASK = {"type": "guess", "digits": 1, "min_width": 4, "max_width": 8}
 STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}
 
@@ -53,7 +54,7 @@ def section(folder: Path) -> dict[str, Any]:
         "fn": f"{folder / 'game.py'}:Guess",
         "arguments": {"bonus": -0.1},
         "stop": ["</guess>"],
-        "max_turns": 4,
+        "max_turns": MAX_TURNS,
     }
 
 
@@ -105,10 +106,12 @@ def check_chain(tree: Tree, number: int, task: Task, environment: Environment) -
         assert (node.text, node.forced, node.generated) == (replies[-1].text, len(node.token_ids), 0)
         assert not replies[-1].done
         turns.append("")
-    replies.append(environment(problem, tuple(turns)))
-    assert replies[-1].done
-    verdict = tree.nodes[number].verdict
-    assert verdict == with_replies(task.verify(problem, "".join(turns), True), replies)
+    last = tree.nodes[number]
+    is_cut_off = last.defect == "truncated"
+    if not is_cut_off or last.text.endswith("</guess>"):
+        replies.append(environment(problem, tuple(turns)))
+    assert is_cut_off or replies[-1].done or (last.finish_reason, len(turns)) == ("turns", MAX_TURNS)
+    assert last.verdict == with_replies(task.verify(problem, "".join(turns), not is_cut_off), replies)
 
 
 def test_killed_runs_with_searched_turns_end_with_the_same_bytes(start: Callable[..., Command], tmp_path: Path) -> None:
@@ -127,8 +130,10 @@ def test_killed_runs_with_searched_turns_end_with_the_same_bytes(start: Callable
     for tree in trees:
         for node in tree.nodes:
             assert node.type != ENVIRONMENT or tree.nodes[node.parent].type == "guess"
-        for number in tree.answers():
+        cut_off = [number for number, node in enumerate(tree.nodes) if node.defect == "truncated"]
+        for number in [*tree.answers(), *cut_off]:
             check_chain(tree, number, task, environment)
+    assert any(node.finish_reason == "turns" for tree in trees for node in tree.nodes)
     assert sum(len(tree.answers()) for tree in trees) > TREE_COUNT
     assert sum(tree.counts.get("environment_error", 0) for tree in trees) > 0
     rows = [json.loads(line) for line in (stage / "data" / "preferences.jsonl").read_text().splitlines()]

@@ -73,6 +73,18 @@ def test_a_penalty_in_the_reward_is_in_the_advantage() -> None:
     assert set(numbers(first.advantages)) == {None, 0.25} and set(numbers(second.advantages)) == {None, -0.25}
 
 
+def test_the_reason_looks_at_the_rewards_with_the_penalty() -> None:
+    """Lengths 8, 9, 10 of at most 10: all rewards are 1, with the penalty 1, 1/2 and 0, so the second has the mean."""
+    rows = [trajectory([1, 2, *range(3, 3 + n)], [0, 0, *[1] * n], 1.0) for n in (8, 9, 10)]
+    policy = {"estimator": "dr_grpo", "overlong_buffer": 2, "overlong_penalty": 1.0}
+    values = values_of({"policy": policy}, group(*rows))
+    assert [each.untrained for each in values] == ["", "not trained: its advantage is 0", ""]
+    assert [each.untrained for each in values_of({"policy": {"estimator": "dr_grpo"}}, group(*rows))] == [EQUAL] * 3
+    # Rewards 0.5 and 1 become equal: 1 - 1/2 and 1/2.
+    equal = [trajectory([1, 2, *range(3, 3 + n)], [0, 0, *[1] * n], r) for n, r in ((8, 0.5), (9, 1.0))]
+    assert [each.untrained for each in values_of({"policy": policy}, group(*equal))] == [EQUAL] * 2
+
+
 def test_advantages_of_a_critic_are_whitened_over_the_tokens_of_the_step() -> None:
     objective = {"policy": {"estimator": "gae"}, "value": {"weight": 0.5}}
     values = values_of(objective, *sampled(3), updates=2)

@@ -241,7 +241,7 @@ def test_enough_requests_are_open_while_trees_wait(engines: Any) -> None:
 
     class Watching(Judges):
         async def verify(
-            self, items: Sequence[tuple[Problem, str]], on_verdicts: OnVerdicts | None = None
+            self, items: Sequence[tuple[Problem, str, bool]], on_verdicts: OnVerdicts | None = None
         ) -> list[Verdict]:
             seen.append((len(scheduler._waiting), scheduler._in_flight))
             return await super().verify(items, on_verdicts)

@@ -4,28 +4,46 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
-from played_trees import CALL, CHILDREN, SEARCHES, STOP, answered, environment, play_again, played, players
+from played_trees import (
+    CALL,
+    CHILDREN,
+    JUDGES,
+    SEARCHES,
+    STOP,
+    EpisodeGoesOnError,
+    answered,
+    environment,
+    play_again,
+    played,
+    players,
+    verdict_of,
+)
 from search_engines import call_of
 from search_world import Grown, Script, codec, prompt, search_config, search_model, table
 
 from actors.engine import Completion, CompletionRequest
+from actors.rollouts.multi_turn import with_replies
 from actors.search.group import build_searched_group
 from actors.search.requests import Call, SearchModel
+from actors.search.requests import Judge as Asked
 from actors.search.scheduler import TreeScheduler
 from actors.search.starting import RoleEngine, SchedulerSettings
 from rlsys.config.search import ExtractConfig
 from rlsys.interfaces import Reply
 from rlsys.search.codec import Stop
-from rlsys.search.tree_json import tree_line
-from rlsys.trees import ENVIRONMENT, Tree, TreeFailure
-from rlsys.types import Problem, RolloutFailure, TrajectoryGroup, Verdict
+from rlsys.search.extract import pick_chain
+from rlsys.search.outline import node_facts
+from rlsys.search.tree_json import parse_line, tree_line
+from rlsys.trees import ENVIRONMENT, ThoughtNode, Tree, TreeFailure
+from rlsys.types import Problem, RolloutFailure, Trajectory, TrajectoryGroup, Verdict
 
 A, B = (f"<{CALL}>{letter}{STOP}" for letter in "ab")
 RIGHT, WRONG = "<answer>1</answer>", "<answer>0</answer>"
@@ -48,13 +66,19 @@ def chains(proposals: dict[str, list[str]], **replies: Reply | Verdict) -> Scrip
     return Scripted(proposals, {f"<{CALL}>{letter}{STOP}": reply for letter, reply in replies.items()})
 
 
-def grown(world: Scripted, simulations: int, **fields: Any) -> Grown:
-    searched = {"expansion": "chain", "stop": {"simulations": simulations}}
+def grown(world: Scripted, simulations: int, stop: Mapping[str, Any] = {}, **fields: Any) -> Grown:
+    searched = {"expansion": "chain", "stop": {"simulations": simulations, **stop}}
     return played(world, searched=searched, **fields)
 
 
 def group_of(grown: Grown) -> TrajectoryGroup | RolloutFailure:
     return build_searched_group(grown.tree, prompt(), codec(), ExtractConfig())
+
+
+def trajectories(grown: Grown) -> Sequence[Trajectory]:
+    group = group_of(grown)
+    assert isinstance(group, TrajectoryGroup)
+    return group.trajectories
 
 
 def test_a_reply_is_the_only_child_of_its_turn_and_the_policy_goes_on_below_it() -> None:
@@ -113,27 +137,91 @@ def test_a_reply_that_is_done_ends_the_chain_at_the_turn() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bounds", "fields", "turns"),
+    ("fields", "turns"),
     [
-        ({"max_turns": 2}, {}, 2),
-        ({}, {"max_chain_tokens": 6}, 2),  # two turns of three tokens; replies do not count
-        ({}, {"models": {"policy": search_model(max_model_len=len(search_model().prompt_ids) + 3 + 4)}}, 1),
+        ({"max_chain_tokens": 6}, 2),  # two turns of three tokens; replies do not count
+        ({"models": {"policy": search_model(max_model_len=len(search_model().prompt_ids) + 3 + 4)}}, 1),
     ],
 )
-def test_bounds_of_an_episode_end_the_chain_as_cut_off(
-    bounds: dict[str, int], fields: dict[str, Any], turns: int
-) -> None:
+def test_a_reply_that_leaves_no_room_cuts_the_chain_off(fields: dict[str, Any], turns: int) -> None:
     reply = answered("ab")
     proposals = {"": [A], A + reply: [A], A + reply + A + reply: [A]}
     world = chains(proposals, a=Reply(text=reply, reward=0.25))
-    result = grown(world, 1, bounds=bounds, **fields)
+    result = grown(world, 1, **fields)
     last = result.tree.nodes[-1]
-    assert (last.type, last.defect, last.finish_reason) == (CALL, "truncated", "length")
+    assert (last.type, last.defect, last.finish_reason, last.scored) == (CALL, "truncated", "length", -1)
     assert len(world.turns) == turns and result.tree.counts["truncated"] == 1
-    group = group_of(result)
-    assert isinstance(group, TrajectoryGroup)
-    [trajectory] = group.trajectories
+    assert [(event.completion, event.finished) for event in result.events if isinstance(event, Asked)] == [
+        (A * turns, False)
+    ]
+    [trajectory] = trajectories(result)
     assert (trajectory.finish_reason, trajectory.outcome, trajectory.reward) == ("length", "wrong", 0.25 * turns)
+
+
+def test_a_chain_that_used_up_its_turns_is_whole_and_judged() -> None:
+    reply = answered("ab")
+    world = chains({"": [A], A + reply: ["<thinking>1</thinking>" + B]}, a=Reply(text=reply, reward=0.25))
+    world.judge = JUDGES["no reference"]  # type: ignore[method-assign]
+    result = grown(world, 9, bounds={"max_turns": 2}, stop={"correct": [{"count": 1}]})
+    last = result.tree.nodes[-1]
+    assert (last.type, last.defect, last.finish_reason, last.scored, last.correct) == (CALL, None, "turns", 0, True)
+    assert "truncated" not in result.tree.counts and result.tree.stop == "correct"
+    assert "last turn" in node_facts(last) and parse_line(tree_line(result.tree)).nodes[-1].finish_reason == "turns"
+    [trajectory] = trajectories(result)
+    assert (trajectory.finish_reason, trajectory.reward, trajectory.parts) == ("turns", 0.25, {"environment": 0.25})
+    assert result.tree.most_frequent is None, "a call is no answer"
+    chain = pick_chain(result.tree, "shortest", codec())
+    assert chain is not None and chain.number == len(result.tree.nodes) - 1 and chain.reward == 0.25
+
+
+def test_a_last_turn_agrees_with_no_answer() -> None:
+    reply = answered("ab")
+    world = chains({"": [A] * 3, A + reply: [B, RIGHT, WRONG]}, b=Reply(solved=True, reward=0.5))
+    searched = {"expansion": "chain", "value": {"type": "agreement"}, "stop": {"simulations": 3}}
+    result = played(world, searched=searched, bounds={"max_turns": 2})
+    ends = {node.text: (node.finish_reason, node.total, node.scored) for node in result.tree.nodes[3:]}
+    assert ends == {B: ("turns", 0.0, 0), RIGHT: ("stop", 0.5, 1), WRONG: ("stop", 0.5, 2)}
+    assert result.search._stop.votes == {"1": 1, "0": 1} and result.tree.nodes[0].visits == 3
+
+
+def test_the_end_token_of_a_failed_chain_ends_a_turn() -> None:
+    """The environment replies to it, as in an episode, and its failure costs the chain alone."""
+    thought = "<thinking>a</thinking>"
+    world = chains({"": [thought, A, thought, "<thinking>b</thinking>"], A + answered("ab"): [RIGHT]})
+    world.replies[thought] = Reply(reward=-0.5)
+    world.replies["<thinking>b</thinking>"] = Verdict(outcome="error", reward=0.0, answered=False, detail="it raised")
+    result = grown(world, 4)
+    assert world.turns[:2] == [(thought,), (A,)] and world.turns.count((thought,)) == 1
+    first, failed = (node for node in result.tree.nodes if node.type == "thinking")
+    assert (first.defect, first.visits, first.total, first.samples) == ("unanswered", 2, -1.0, 2)
+    assert (failed.visits, failed.verdict and failed.verdict.outcome) == (0, "error")
+    assert [(t.outcome, t.reward) for t in trajectories(result)] == [("wrong", -0.5), ("ok", 1.0)]
+
+
+@pytest.mark.parametrize(("room", "is_over"), [(500, False), (9, True)])
+def test_a_malformed_turn_is_judged_if_its_episode_ends_there(room: int, is_over: bool) -> None:
+    """An episode would go on after a call behind an answer, unless there is no room for more than these 9 tokens."""
+    text = "<thinking>a</thinking>" + RIGHT + A
+    world = chains({"": [text]})
+    world.replies[text] = Reply(text=answered("a"), reward=0.25)
+    result = grown(world, 1, max_chain_tokens=room)
+    asked = [(event.completion, event.finished) for event in result.events if isinstance(event, Asked)]
+    assert asked == ([(text, False)] if is_over else []) and result.tree.counts == {"malformed": 1}
+    [trajectory] = trajectories(result)
+    end = "length" if is_over else "stop"
+    assert (trajectory.outcome, trajectory.reward, trajectory.finish_reason) == ("wrong", 0.25, end)
+
+
+def test_failed_children_are_judged_before_a_simulation_enters_them() -> None:
+    """Two draws of one child count twice; the turn of a child that a stop at a tag has ended is none."""
+    bad, other = f"<{CALL}>", f"<{CALL}></thinking>"
+    world = Scripted({"": []}, {bad: Reply(reward=0.5), other: Reply(reward=0.25)})
+    world.left = {bad: deque(["", "", "</thinking>"])}
+    world.pattern = table({**CHILDREN, "start": {CALL: 3}})
+    tree = played(world, searched={"expansion": "node", "stop": {"simulations": 1}}).tree
+    outlines = [(node.text, node.defect, node.samples, node.visits, node.total) for node in tree.nodes[1:]]
+    assert outlines == [(bad, "unclosed", 2, 2, 1.0), (other, "malformed", 1, 1, 0.0)]
+    assert world.turns == [(bad,)] and tree.nodes[0].visits == 3
 
 
 def test_a_failed_environment_ends_its_chain_alone() -> None:
@@ -165,41 +253,71 @@ def test_text_that_was_drawn_without_the_reply_is_dropped() -> None:
     assert tree.counts["dropped_tokens"] == len(codec().encode(RIGHT)) + 1  # with the end token
 
 
+LIMITS: Sequence[dict[str, int]] = ({}, {"max_turns": 2}, {"max_tokens": 12}, {"max_turns": 3, "max_tokens": 22})
+
+
 @pytest.mark.parametrize("kind", SEARCHES)
-@pytest.mark.parametrize("seed", range(2))
-def test_a_chain_of_a_tree_is_an_episode(kind: str, seed: int) -> None:
-    world = players(defects=0.05)
-    searched = {**SEARCHES[kind], "parallel_simulations": 3, "max_depth": 12, "stop": {"simulations": 24}}
-    result = played(world, searched=searched, seed=seed)
-    tree = result.tree
+@pytest.mark.parametrize("judging", [None, *JUDGES])
+def test_a_chain_of_a_tree_is_an_episode(kind: str, judging: str | None) -> None:
+    world = players(defects=0.1, judging=judging)
+    searched = {**SEARCHES[kind], "parallel_simulations": 3, "max_depth": 12, "stop": {"simulations": 20}}
+    ends = Counter[str]()
+    for seed, limits in enumerate(LIMITS):
+        bounds = {name: value for name, value in limits.items() if name == "max_turns"}
+        tokens = limits.get("max_tokens", 500)
+        result = played(world, searched=searched, seed=seed, bounds=bounds, max_chain_tokens=tokens)
+        tree = result.tree
+        check_replies(tree)
+        if "backtracking" in kind and not limits:
+            assert any(node.backtrack for node in tree.nodes)
+        for chain in trajectories(result):
+            node = tree.nodes[chain.steps[-1].node]
+            failed = Verdict(outcome="wrong", reward=0.0, answered=False, detail="malformed")
+            if is_ended_by_the_search(node):
+                assert verdict_of(chain) == with_replies(failed, replies_of(world, tree, chain)[:-1])
+                continue
+            try:
+                episode = play_again(world, chain, max_tokens=tokens, **bounds)
+            except EpisodeGoesOnError:
+                assert node.defect == "malformed" and node.text.endswith(STOP)
+                assert verdict_of(chain) == with_replies(failed, replies_of(world, tree, chain))
+                continue
+            ends[chain.finish_reason] += 1
+            assert episode.token_ids[: len(chain.token_ids)].tolist() == chain.token_ids.tolist()
+            assert verdict_of(chain) == verdict_of(episode) and chain.finish_reason == episode.finish_reason
+            assert not (chain.loss_mask & ~episode.loss_mask[: len(chain.token_ids)]).any()
+    assert set(ends) == {"stop", "length", "turns"}
+
+
+def replies_of(world: Any, tree: Tree, chain: Trajectory) -> list[Reply]:
+    """Return the replies of all turns, of a last one that has not ended too."""
+    turns = [""]
+    for step in chain.steps:
+        turns = [*turns, ""] if step.type == ENVIRONMENT else [*turns[:-1], turns[-1] + tree.nodes[step.node].text]
+    return [world.reply(turns[:count]) for count in range(1, len(turns) + 1)]
+
+
+def check_replies(tree: Tree) -> None:
     replies = [node for node in tree.nodes if node.type == ENVIRONMENT]
     assert replies and tree.answers()
-    if "backtracking" in kind:
-        assert any(node.backtrack for node in tree.nodes)
     for node in replies:
         assert [child.type for child in tree.nodes if child.parent == node.parent] == [ENVIRONMENT]
         assert tree.nodes[node.parent].type == CALL
-    for number in tree.answers():
-        trajectory = next(t for t in group_of(result).trajectories if t.steps[-1].node == number)
-        spans = [(step.start, step.stop) for step in trajectory.steps if step.type == ENVIRONMENT]
-        episode = play_again(world, trajectory.token_ids.tolist(), spans)
-        assert episode.token_ids[: len(trajectory.token_ids)].tolist() == trajectory.token_ids.tolist()
-        assert (episode.reward, episode.outcome, episode.correct) == (
-            trajectory.reward,
-            trajectory.outcome,
-            trajectory.correct,
-        )
-        assert not (trajectory.loss_mask & ~episode.loss_mask[: len(trajectory.token_ids)]).any()
+
+
+def is_ended_by_the_search(node: ThoughtNode) -> bool:
+    """Return whether the search has ended a chain in the middle of a turn, at a tag that may not stand there."""
+    ended = node.finish_reason == "length" or int(node.token_ids[-1]) in codec().end_token_ids
+    return node.defect == "malformed" and not ended and not node.text.endswith(STOP)
 
 
 @pytest.mark.parametrize("kind", SEARCHES)
 def test_the_order_of_arrival_does_not_change_a_tree(kind: str) -> None:
     searched = {**SEARCHES[kind], "parallel_simulations": 4, "max_depth": 12, "stop": {"simulations": 24}}
-    lines = {
-        tree_line(played(players(), searched=searched, arrivals=random.Random(seed) if seed else None).tree)
-        for seed in range(4)
-    }
-    assert len(lines) == 1
+    limits = {"bounds": {"max_turns": 2}, "max_chain_tokens": 22}
+    orders = [None, *map(random.Random, range(1, 4))]
+    grown = [played(players(defects=0.1), searched=searched, arrivals=order, **limits) for order in orders]
+    assert len({tree_line(each.tree) for each in grown}) == 1
 
 
 class Instant:
@@ -218,7 +336,7 @@ class Instant:
 
     async def verify(self, items: Any, on_verdicts: Any) -> list[Verdict]:
         await asyncio.sleep(0)
-        verdicts = [self.world.judge(text) for _, text in items]
+        verdicts = [self.world.judge(text, finished) for _, text, finished in items]
         on_verdicts(list(enumerate(verdicts)))
         return verdicts
 

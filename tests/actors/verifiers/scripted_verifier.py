@@ -72,7 +72,7 @@ def chain_command(completion: str) -> str:
     return {0: "raise", 1: "hang", 2: "nan", 3: "exit"}.get(zlib.crc32(completion.encode()) % 30, "judged")
 
 
-def judge_chain(problem: Problem, completion: str) -> Any:
+def judge_chain(problem: Problem, completion: str, finished: bool = True) -> Any:
     command = chain_command(completion)
     if command == "judged":
         return _verdict(float(completion.endswith(f"{problem.answer}</answer>")))

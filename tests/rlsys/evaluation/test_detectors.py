@@ -10,7 +10,16 @@ from rlsys.evaluation.detectors import longest_loop, reflections, repeated_ngram
 from rlsys.evaluation.records import Sample
 
 SAMPLE = Sample(
-    text="", tokens=9, right=False, reward=0.0, judged=True, answered=True, truncated=False, reason="", logprob=-1.0
+    text="",
+    tokens=9,
+    right=False,
+    reward=0.0,
+    judged=True,
+    answered=True,
+    truncated=False,
+    out_of_turns=False,
+    reason="",
+    logprob=-1.0,
 )  # fmt: skip
 PROSE = (
     "The train leaves at nine and needs two hours, so it arrives at eleven. The bus leaves half an hour later but "
@@ -114,6 +123,7 @@ def test_three_idle_reflections_are_too_many() -> None:
         ({}, False),
         ({"answered": False}, True),
         ({"answered": False, "truncated": True}, False),  # it had no room for the answer
+        ({"answered": False, "out_of_turns": True}, False),  # it had no turn left for the answer
         ({"answered": False, "judged": False}, False),  # the verifier failed, not the model
     ],
 )

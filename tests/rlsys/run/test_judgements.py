@@ -8,7 +8,16 @@ from typing import get_args
 import numpy as np
 from fakes import group, prompt, trajectory
 
-from rlsys.run.judgements import ENDS, by_reward, group_facts, group_rewards, heading, judgement, own_logprobs
+from rlsys.run.judgements import (
+    ENDS,
+    by_reward,
+    group_facts,
+    group_rewards,
+    heading,
+    judged_of,
+    judgement,
+    own_logprobs,
+)
 from rlsys.types import FinishReason, Trajectory, TrajectoryGroup
 
 
@@ -31,8 +40,11 @@ def test_a_line_about_an_episode_counts_the_tokens_of_the_policy() -> None:
         answered=False,
     )
     of = replace(group(prompt("a")), trajectories=(asked, trajectory(reward=1.0), trajectory(0, 9.0, "timeout")))
-    line = "right, reward 0.5 (mean of its 3: 0.75), no answer, 2 tokens, ended by its last turn"
+    line = "right, reward 0.5 (mean of its 2 judged of 3: 0.75), no answer, 2 tokens, ended by its last turn"
     assert row(asked, of) == f"{line}, mean log-probability -1.500"
+    judged = replace(of, trajectories=of.trajectories[:2])
+    assert "reward 0.5 (mean of its 2: 0.75), " in row(asked, judged)
+    assert judged_of({"group_size": 3, "group_reward": 0.75}) == "3", "a row of an older run"
     assert row(of.trajectories[2], of).startswith("timeout, ") and "reward" not in row(of.trajectories[2], of)
     assert group_rewards(of) == [0.5, 1.0]
 

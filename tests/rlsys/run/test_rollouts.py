@@ -87,7 +87,8 @@ def test_a_row_tells_all_about_a_completion() -> None:
     rows = list(group_rows(grouped, TokenTexts(decode), lambda ids: f"prompt of {len(ids)}", {"step": 2}))
     assert rows[0] == {
         "format": 2, "step": 2, "prompt_id": "p", "prompt": "prompt of 3", "reference": "4", "searched": False,
-        "group_size": 2, "group_reward": 0.5, "sample": 0, "reward": 0.5, "parts": {"task": 1.0, "short": -0.5},
+        "group_size": 2, "group_judged": 1, "group_reward": 0.5, "sample": 0, "reward": 0.5,
+        "parts": {"task": 1.0, "short": -0.5},
         "outcome": "ok", "correct": True, "answered": True, "detail": "because", "finish_reason": "stop", "tokens": 2,
         "oldest_version": 7, "completion": "abc", "token_ids": [97, 98, 99], "token_ends": [1, 2, 3],
         "logprobs": [-0.25, None, -1.0], "left_out": None,

@@ -44,6 +44,8 @@ def letters(token_ids: np.ndarray, mask: np.ndarray | None = None) -> str:
     [
         ({}, ["aabX$"]),
         ({"supervised_nodes": ("tool",)}, ["aab"]),
+        ({"supervised_nodes": ("tool", ENVIRONMENT)}, ["aab"]),
+        ({"supervised_nodes": (ENVIRONMENT, "answer"), "supervised_rows": "node"}, ["X$"]),
         ({"supervised_rows": "node"}, ["aa", "b", "X$"]),
     ],
 )
@@ -51,6 +53,10 @@ def test_supervised_rows(settings: dict[str, Any], expected: list[str]) -> None:
     rows = supervised_rows(played(), ExtractConfig(**settings), CODEC)
     assert [letters(row.token_ids, row.loss_mask) for row in rows] == expected
     assert letters(rows[-1].token_ids)[: len("^qaa12b345")] == "^qaa12b345"[: len(rows[-1].token_ids)]
+
+
+def test_replies_alone_give_no_supervised_row() -> None:
+    assert supervised_rows(played(), ExtractConfig(supervised_nodes=(ENVIRONMENT,)), CODEC) == []
 
 
 def test_pairs_of_chains() -> None:
