@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from rlsys.commands.check_demonstrations import demonstration_lines, made_up
 from rlsys.commands.check_summary import Line, summary
 from rlsys.commands.check_trials import first_prompt, first_reply, first_rewards, first_value, first_verdicts
 from rlsys.config.engine_roles import describes_a_search
@@ -44,7 +45,8 @@ def run(config: Config, *, resolved: bool = False) -> None:
     begins = "complete; `rlsys train` starts nothing" if is_complete(config, start, run_dir) else start.describe()
     _print(*_aligned(summary(config, prepared, begins)))
     warnings = 0
-    for lines in (_notes(config, prepared), [first_prompt(prepared)], _trials(config, prepared)):
+    shown = demonstration_lines(config, prepared)
+    for lines in (_notes(config, prepared), shown, [first_prompt(prepared)], _trials(config, prepared)):
         for line in lines:
             warnings += line.startswith(WARNING)
             _print(line)
@@ -76,6 +78,7 @@ def _trials(config: Config, prepared: Prepared) -> Iterator[str]:
     if isinstance(config.search.value, FunctionValueConfig):
         yield first_value(config, config.search.value, prepared)
     if environment := active_environment(config.environment, config.task):
+        yield from made_up(environment, prepared)
         yield from first_reply(config, environment, prepared)
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 
 from actors.verifiers.pool import RewardPool
+from rlsys.commands.check_demonstrations import demonstrations, first_turn, turn_with_stop
 from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.risks import WARNING
 from rlsys.config.schema import Config
@@ -20,8 +21,6 @@ from rlsys.plugins import command_folder
 from rlsys.tasks.calculator import call_node
 from rlsys.types import Problem, Verdict
 
-DEMONSTRATIONS = 16
-"""Number of demonstrations that are searched for one of several turns."""
 SHOWN = 200
 """Characters of a text that are shown."""
 
@@ -104,7 +103,7 @@ def _shown(prepared: Prepared) -> tuple[Problem, str]:
 def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepared) -> list[str]:
     """Return the reply of the environment to a turn of a demonstration, from a verifier process as in a run.
 
-    Without a demonstration of several turns, the turn is a sum for the calculator, else the reference answer. It is
+    Without a demonstration that ends a turn, the turn is a sum for the calculator, else the reference answer. It is
     asked twice, also for its text before the first turn of a held-out problem. A warning says what differs.
 
     Raises:
@@ -161,11 +160,10 @@ def _told(reply: Reply) -> str:
 
 def _shown_turn(environment: EnvironmentConfig, prepared: Prepared) -> tuple[Problem, str]:
     """Return a turn of a demonstration with its problem, or one that is made up for a held-out problem."""
-    task, prompt = prepared.inputs.task, prepared.inputs.held_out[0]
-    for index in range(DEMONSTRATIONS if task.size("train") is None else 0):
-        shown = task.demonstration(index, random.Random(index))
-        if shown and not isinstance(shown[1], str) and len(shown[1]) > 1:
-            return shown[0], shown[1][0]
+    prompt, shown = prepared.inputs.held_out[0], demonstrations(prepared.inputs.task, 0)
+    turn = turn_with_stop(environment, shown) if environment.stop else first_turn(shown)
+    if turn:
+        return turn
     if environment.fn == "calculator":
         return prompt.problem, call_node("2 + 3")
     return prompt.problem, f"{prompt.answer}{''.join(environment.stop[:1])}"

@@ -1,9 +1,9 @@
-"""A warning in one line if the rewards of several steps in a row can teach the policy nothing."""
+"""Warnings in one line: rewards of several steps teach the policy nothing, or it never asks its environment."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 STEPS = 5
@@ -18,10 +18,13 @@ class SignalWatch:
     Attributes:
         say: takes the warning.
         max_tokens: sampling.max_tokens, for the message.
+        stops: strings that end a turn of an environment in use; none without one, or with messages as replies.
     """
 
     say: Callable[[str], None]
     max_tokens: int
+    stops: Sequence[str] = ()
+    _seen_turns: bool = False
     _steps: deque[Mapping[str, float]] = field(default_factory=lambda: deque(maxlen=STEPS))
     _said: set[str] = field(default_factory=set)
 
@@ -29,6 +32,7 @@ class SignalWatch:
         """Look at the metrics of a step, by names of `rlsys.run.metrics`. Steps without sampled groups say nothing."""
         if "rollout/zero_advantage_groups" not in metrics:
             return
+        self._watch_turns(metrics.get("rollout/turns"))
         self._steps.append({name: metrics[f"rollout/{name}"] for name in _NAMES})
         if len(self._steps) < STEPS:
             return
@@ -38,6 +42,18 @@ class SignalWatch:
         if cause and cause not in self._said:
             self._said.add(cause)
             self.say(f"NOTHING TO LEARN from the rewards of {STEPS} steps: {cause}")
+
+    def _watch_turns(self, turns: float | None) -> None:
+        """Say if all episodes of the first step with episodes had a single turn."""
+        if turns is None or self._seen_turns:
+            return
+        self._seen_turns = True
+        if turns <= 1 and self.stops:
+            ends = " or ".join(map(repr, self.stops))
+            self.say(
+                f"ONE TURN IN EVERY EPISODE of the first step: no turn ended with {ends} (environment.stop) and went "
+                f"on; begin with {_BEFORE}, or ask for it in task.prompt_template"
+            )
 
     def _cause(self) -> str:
         """Return the likely cause and the key to change; "" if a reward differs from others of its group."""

@@ -59,6 +59,7 @@ class Inputs:
 
     Attributes:
         task: the task of the config.
+        encode_demonstration: returns the token ids of a demonstration, and which are trained.
         builder: builder of prompts from the task's problems.
         held_out: the held-out prompts of an evaluation.
         prompts: the stream of training prompts.
@@ -78,6 +79,7 @@ class Inputs:
         task, tokenizer = build_task(config.task, config.run.seed), model.tokenizer
         encoder = CheckedEncoder(tokenizer, model.vocabulary, _turn_encoder(config, tokenizer))
         max_bad_rows = getattr(config.task, "max_bad_rows", None)
+        self.encode_demonstration = encoder.demonstration
         self.builder = PromptBuilder(
             task,
             encoder.prompt,

@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from rlsys.config.environment import active_environment
 from rlsys.config.stages import StagePlan
 from rlsys.control.budgets import FailureLimit, verifier_limit
 from rlsys.control.buffer import Buffer
@@ -62,7 +63,12 @@ class OnlineStage(TrainingStage):
             unlogged_tokens=counters.unlogged_tokens,
         )
         self._buffer = Buffer(train.groups_per_step, train.max_staleness)
-        self._signal = SignalWatch(say=run.context.display.message, max_tokens=config.sampling.max_tokens)
+        environment = active_environment(config.environment, config.task)
+        self._signal = SignalWatch(
+            say=run.context.display.message,
+            max_tokens=config.sampling.max_tokens,
+            stops=environment.stop if environment else (),
+        )
         self._publishing: asyncio.Task[Mapping[str, float]] | None = None  # beside the next step
 
     async def train(self) -> None:

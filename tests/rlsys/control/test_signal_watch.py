@@ -59,3 +59,17 @@ def test_a_step_with_a_signal_starts_the_count_anew() -> None:
 
 def test_another_cause_is_named_too() -> None:
     assert len(watch(*[bad(accuracy=0.0)] * STEPS, *[bad(accuracy=1.0)] * STEPS)) == 2
+
+
+def test_episodes_of_one_turn_are_named_once_and_only_in_the_first_step() -> None:
+    for turns, expected in (([1.0, 1.0], 1), ([1.01, 1.0], 0)):
+        said: list[str] = []
+        watching = SignalWatch(say=said.append, max_tokens=160, stops=("</ask>", "</tool>"))
+        for each in turns:
+            watching.add({**FINE, "rollout/turns": each})
+        assert len(said) == expected
+        assert all("no turn ended with '</ask>' or '</tool>' (environment.stop)" in line for line in said)
+
+
+def test_episodes_without_stop_strings_may_have_one_turn() -> None:
+    assert watch({**FINE, "rollout/turns": 1.0}) == []
