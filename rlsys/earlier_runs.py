@@ -8,6 +8,11 @@ from pathlib import Path
 
 CONFIGS = Path("configs")
 """Folder in which configs are looked up, relative to the folder of the command."""
+SCRIPTS = {
+    "runs/models/smollm2-135m-instruct": "benchmarks/real_model.py",
+    "runs/data/arithmetic": "benchmarks/arithmetic.py",
+}
+"""Paths that shipped configs name, and the scripts that make them."""
 _RUN_DIR = re.compile(r"\bdir:\s*[\"']?([^\s\"',}]+)")
 _LOCAL = re.compile(r"^(/|\.{1,2}/|~|runs/)|/.*/|/(stages|checkpoints)(/|$)")
 
@@ -28,11 +33,21 @@ def origin(name: str) -> str:
         return f"; the run {run_dir} has {there} in {inner.name}: {command}"
     config = _config_of(run_dir)
     if config is None:
-        return _similar(path)
+        script = next((SCRIPTS[str(each)] for each in (path, *path.parents) if str(each) in SCRIPTS), None)
+        return f"; `python {script}` makes it" if script else _similar(path) or _relative(path)
     command = f"`rlsys train {config}`"
     if inner is not None and inner.name == "data":
         command = f"`rlsys search {config}` and `rlsys extract {run_dir}`"
     return f"; {run_dir} does not exist: first run {command}"
+
+
+def _relative(path: Path) -> str:
+    """Return where a relative path of a run was looked up, or "" for another path."""
+    if path.is_absolute() or not is_local(str(path)):
+        return ""
+    return (
+        f"; it is relative to the current folder {Path.cwd()}: run the command in the folder where the run was started"
+    )
 
 
 def _similar(path: Path) -> str:

@@ -19,7 +19,7 @@ from rlsys.display import print_lines, standard_output
 from rlsys.launch.devices import missing_devices
 from rlsys.launch.prepare import Prepared, check_settings, find_checked_start, prepare
 from rlsys.run.provenance import check_extraction, check_inputs
-from rlsys.run.resume import checkpoint_store, is_complete
+from rlsys.run.resume import FIRST_START, checkpoint_store, holds_search, is_complete
 
 
 def run(config: Config, *, resolved: bool = False) -> None:
@@ -35,7 +35,8 @@ def run(config: Config, *, resolved: bool = False) -> None:
     """
     check_settings(config, "check")
     run_dir = Path(config.run.dir).absolute()
-    start = find_checked_start(config, run_dir, checkpoint_store(config))
+    searched = describes_a_search(config) and holds_search(run_dir)
+    start = FIRST_START if searched else find_checked_start(config, run_dir, checkpoint_store(config))
     prepared = prepare(config, "check")
     if start.checkpoint and prepared.policy.path.is_dir():  # `train` builds a model that is missing
         check_inputs(start.checkpoint, prepared.fingerprint())
@@ -43,6 +44,8 @@ def run(config: Config, *, resolved: bool = False) -> None:
     if resolved:
         _print(dump_config(config))
     begins = "complete; `rlsys train` starts nothing" if is_complete(config, start, run_dir) else start.describe()
+    if searched:
+        begins = "holds the trees of a search: `rlsys search` continues it; training needs another run.dir"
     _print(*_aligned(summary(config, prepared, begins)))
     warnings = 0
     shown = demonstration_lines(config, prepared)

@@ -42,6 +42,7 @@ def run(config: Config) -> str:
     from rlsys.launch import session as launch
 
     run_dir = Path(config.run.dir).absolute()
+    check_trained(config)
     searches: list[Search] = []
 
     def begin(inputs: Inputs, models: Mapping[Role, ModelFolder]) -> launch.Grow | None:
@@ -50,6 +51,20 @@ def run(config: Config) -> str:
 
     launch.grow_trees(config, begin)
     return conclude(searches[0], config, run_dir, standard_output())
+
+
+def check_trained(config: Config) -> None:
+    """Refuse a search with the initial weights of a model from scratch.
+
+    Raises:
+        ConfigError: the trees would be grown with such a model.
+    """
+    if config.model.from_scratch and config.search.model is None:
+        policies = RunDirectory(Path(config.run.dir))
+        trained = [str(policies.exported_policy(stage)) for stage in config.stages]
+        ready = next((path for path in reversed(trained) if Path(path).is_dir()), None)
+        advice = f"model={{path: {ready}}} run.dir=runs/NEW takes that of this run" if ready else "or set model.path"
+        raise ConfigError(f"model.from_scratch: the model is made from scratch and untrained: train it first, {advice}")
 
 
 def open_search(config: Config, run_dir: Path, inputs: Inputs, models: Mapping[Role, ModelFolder]) -> Search:

@@ -45,8 +45,18 @@ def check_fields(config: Config, before: Config, state: RunState, path: Path) ->
     Raises:
         ConfigError: names the first field that must be equal and differs, and lists the others.
     """
-    check_equal(fixed_fields(before), fixed_fields(config), f"the run to be resumed ({path})")
+    hint = _further_stages(config, before, path)
+    check_equal(fixed_fields(before), fixed_fields(config), f"the run to be resumed ({path})", hint)
     _check_rows_per_step(config, before, state, path)
+
+
+def _further_stages(config: Config, before: Config, path: Path) -> str:
+    """Return how to make the stages that follow those of an earlier run, or "" if they do not follow."""
+    done, wanted = before.stages, config.stages
+    if not done or len(wanted) <= len(done) or wanted[: len(done)] != done:
+        return ""
+    policy = RunDirectory(path.parent).exported_policy(done[-1])
+    return f" with stages=[{','.join(wanted[len(done) :])}] model={{path: {policy}}}"
 
 
 def changed_fields(before: Config, now: Config) -> tuple[str, ...]:
@@ -57,13 +67,14 @@ def changed_fields(before: Config, now: Config) -> tuple[str, ...]:
     return tuple(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
 
 
-def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
+def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str, hint: str = "") -> None:
     """Raise if values differ from those recorded before.
 
     Args:
         before: recorded values by config field.
         now: present values by config field.
         where: the record of the earlier values, for the message.
+        hint: how to go on with other stages.
     Raises:
         ConfigError: names the first field that differs, and lists the others.
     """
@@ -74,7 +85,7 @@ def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -
         also = f" (also different: {', '.join(others[:SHOWN])}{more})" if others else ""
         raise ConfigError(
             f"{name} differs from {where}: expected {before.get(name)}, found {now.get(name)}; "
-            f"set it back, or start another run with run.dir=runs/NEW{also}"
+            f"set it back, or start another run with run.dir=runs/NEW{hint if name == 'stages' else ''}{also}"
         )
 
 

@@ -58,12 +58,22 @@ class Start:
                 shutil.copyfile(RunDirectory(run_dir).config, earlier)
 
 
+FIRST_START = Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
+"""The start of a run without a checkpoint."""
+
+
 def checkpoint_store(config: Config) -> CheckpointStore:
     """Return the checkpoints of the run directory, which need not exist."""
     keep = config.checkpoint
     best = (keep.best_metric, keep.best_mode) if keep.best_metric else None
     folder = RunDirectory(Path(config.run.dir).absolute()).checkpoints
     return CheckpointStore(folder, keep.keep_last, keep.keep_every, best)
+
+
+def holds_search(run_dir: Path) -> bool:
+    """Return whether a run directory has the trees of `rlsys search`."""
+    search = SearchDirectory(run_dir)
+    return search.origin.exists() and any(search.trees.rglob("*.json*"))
 
 
 def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
@@ -78,8 +88,7 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
             path is not a valid checkpoint, or is the last checkpoint of another finished run.
         DamagedFileError: checkpoints exist and all are invalid.
     """
-    search = SearchDirectory(run_dir)
-    if search.origin.exists() and any(search.trees.rglob("*.json*")):
+    if holds_search(run_dir):
         raise ConfigError(f"run.dir {run_dir} holds the trees of a search: choose another run.dir")
     _check_folders(store.folder)
     resume, own = config.run.resume, store.latest()
@@ -87,7 +96,7 @@ def find_start(config: Config, run_dir: Path, store: CheckpointStore) -> Start:
         raise ConfigError(f"run.resume is never and run.dir {run_dir} holds a run: choose another run.dir")
     if resume in ("auto", "never"):
         if own is None:
-            return Start(RunState(stage=0, step=0, weight_version=0, cursor=0), None)
+            return FIRST_START
         return _start_at(config, own, run_dir)
     path = Path(resume).absolute()
     descends = _resumed_from(run_dir) == str(path.resolve())

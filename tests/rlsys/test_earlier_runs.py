@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from rlsys.config.files import load_config
-from rlsys.earlier_runs import is_local, origin
+from rlsys.earlier_runs import SCRIPTS, is_local, origin
 from rlsys.errors import ConfigError
 from rlsys.models.folder import given_model
 
@@ -38,7 +38,15 @@ def test_the_config_of_the_missing_run_is_named(folder: Path) -> None:
     assert caught.value.message == f"model.path runs/first/stages/online: no such folder{first}"
     searched = "`rlsys search configs/search_it.yaml` and `rlsys extract runs/search_it`"
     assert origin("runs/search_it/data/rows.parquet") == f"; runs/search_it does not exist: first run {searched}"
-    assert origin("runs/other/stages/online") == origin("elsewhere") == ""
+    remedy = "run the command in the folder where the run was started"
+    assert origin("runs/other/stages/online") == f"; it is relative to the current folder {folder}: {remedy}"
+    assert origin("elsewhere") == origin("/elsewhere") == ""
+
+
+def test_a_path_that_a_script_makes_names_the_script() -> None:
+    assert origin("runs/models/smollm2-135m-instruct") == "; `python benchmarks/real_model.py` makes it"
+    assert origin("runs/data/arithmetic/train.jsonl") == "; `python benchmarks/arithmetic.py` makes it"
+    assert all((ROOT / script).is_file() for script in SCRIPTS.values())
 
 
 def test_a_misspelt_path_has_a_suggestion(folder: Path) -> None:

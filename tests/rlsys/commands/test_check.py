@@ -121,3 +121,17 @@ def test_a_conflict_with_an_earlier_run_hides_no_other_fault(folder: Path, monke
     with pytest.raises(ConfigError, match="^run.seed differs; and apart from this, task.path none.jsonl: no such file"):
         check.run(config(task=task))
     assert CheckpointStore(folder / "runs" / "x" / "checkpoints", 1).latest() is None
+
+
+def test_the_directory_of_a_search_is_a_note_of_its_config_alone(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "runs" / "x" / "trees").mkdir(parents=True)
+    (folder / "runs" / "x" / "trees" / "00000.jsonl").touch()
+    (folder / "runs" / "x" / "search.json").write_text("{}")
+    lines = lines_of(config(search={"prompts": 8}), capsys)
+    begins = "holds the trees of a search: `rlsys search` continues it; training needs another run.dir"
+    assert lines[0].split(maxsplit=1) == ["run", f"runs/x: {begins}"]
+    for refused in (lambda: lines_of(config(), capsys), lambda: session.train(config(search={"prompts": 8}))):
+        with pytest.raises(ConfigError, match="holds the trees of a search: choose another run.dir"):
+            refused()

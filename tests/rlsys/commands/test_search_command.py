@@ -21,7 +21,8 @@ from rlsys import cli
 from rlsys.commands import search as search_command
 from rlsys.commands.search import conclude, open_search
 from rlsys.config.files import load_config
-from rlsys.config.schema import Config
+from rlsys.config.schema import Config, FromScratchConfig
+from rlsys.config.tasks import LetterCountConfig
 from rlsys.control import tree_search
 from rlsys.control.tree_search import find_prompts
 from rlsys.data.prompts import PromptBuilder
@@ -30,6 +31,8 @@ from rlsys.errors import (
     InterruptedRunError,
 )
 from rlsys.launch import session as launch
+from rlsys.models.scratch import build_from_scratch
+from rlsys.tasks import build_task
 
 
 def inputs(train: int | None = 6) -> Any:
@@ -140,9 +143,10 @@ def without_ray(monkeypatch: pytest.MonkeyPatch, pool: Pool) -> None:
 
 
 def test_the_whole_command_over_a_pretended_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scratch = "model.from_scratch={hidden_size: 32, layers: 1, heads: 1, intermediate_size: 32}"
-    run_dir = tmp_path / "run"
-    config = shipped(f"run.dir={run_dir}", "model.path=null", scratch, "search.prompts=6", "search.shard_size=4")
+    run_dir, model = tmp_path / "run", tmp_path / "model"
+    size = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=32)
+    build_from_scratch(size, build_task(LetterCountConfig(type="letter_count"), 0).vocabulary(), 0, model)
+    config = shipped(f"run.dir={run_dir}", f"model.path={model}", "search.prompts=6", "search.shard_size=4")
     monkeypatch.setattr(tree_search, "trees_ahead", lambda _config: 1)
     pool = Pool(2, before=lambda calls: raise_signal(SIGINT) if calls == 3 else None)
     without_ray(monkeypatch, pool)
@@ -157,9 +161,20 @@ def test_the_whole_command_over_a_pretended_pool(tmp_path: Path, monkeypatch: py
     assert sorted(name for _, name in pool.calls + rest.calls) == [f"train-{number}" for number in range(6)]
     assert sorted(path.name for path in (run_dir / "trees").iterdir()) == ["00000.jsonl", "00001.jsonl"]
     origin = json.loads((run_dir / "search.json").read_text())
-    assert set(origin["inputs"]) == {"model.from_scratch", "task.questions_path", "the tokenizer of model.path"}
+    assert set(origin["inputs"]) == {"model.path", "task.questions_path", "the tokenizer of model.path"}
 
     idle = Pool(1)
     without_ray(monkeypatch, idle)
     assert search_command.run(config).startswith("already complete (6 trees)\n")
     assert idle.calls == []
+
+
+def test_a_search_with_untrained_weights_is_refused_before_it_occupies_the_folder(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    config = shipped(f"run.dir={run_dir}", "model.path=null", "model.from_scratch={hidden_size: 32, layers: 1, heads: 1}")
+    with pytest.raises(ConfigError, match="is made from scratch and untrained: train it first, or set model.path$"):
+        search_command.run(config)
+    assert not run_dir.exists()
+    (run_dir / "stages" / "online").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=rf"model={{path: {run_dir}/stages/online}} run.dir=runs/NEW takes"):
+        search_command.run(config)

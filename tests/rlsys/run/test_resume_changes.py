@@ -159,3 +159,14 @@ def test_a_checkpoint_with_a_critic_goes_on_with_and_without_it(tmp_path: Path) 
     (temporary / "critic" / "config.json").write_text("{}")
     store(tmp_path).commit(temporary, "step_000002", {"weight_version": 2, "inputs": INPUTS})
     assert start(tmp_path, config(objective=CRITIC)).state == start(tmp_path, config()).state == state(2)
+
+
+def test_stages_that_follow_those_of_the_run_begin_with_its_policy(tmp_path: Path) -> None:
+    save(tmp_path, 2, of=config(stages=["warm_start"]))
+    with pytest.raises(ConfigError) as caught:
+        start(tmp_path, config(stages=["warm_start", "online"]))
+    policy = tmp_path / "stages" / "warm_start"
+    assert caught.value.message.startswith("stages differs from the run to be resumed ")
+    assert caught.value.message.endswith(f"run.dir=runs/NEW with stages=[online] model={{path: {policy}}}")
+    with pytest.raises(ConfigError, match="run.dir=runs/NEW$"):
+        start(tmp_path, config(stages=["online"]))
