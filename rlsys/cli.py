@@ -38,6 +38,15 @@ class Command(TyperCommand):
         """Return the pieces of the usage line."""
         return [re.sub(r"^\{(.*)\}(\.\.\.)?$", r"\1", piece) for piece in super().collect_usage_pieces(ctx)]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments. ConfigError: an override is written as an option."""
+        for position, argument in enumerate(args):
+            name, separator, value = argument.partition("=")
+            if argument.startswith("--") and "." in name:
+                written = value if separator else next(iter(args[position + 1 :]), "VALUE")
+                raise ConfigError(f"no such option {name}; overrides are written KEY=VALUE: {name[2:]}={written}")
+        return super().parse_args(ctx, args)
+
 
 command = partial(app.command, cls=Command)
 ConfigPath = Annotated[str, typer.Argument(metavar="CONFIG", help="YAML file.")]
@@ -45,6 +54,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Any number of section.key=value.", show_default=False)
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output that exists.")]
+Foreign = Annotated[bool, typer.Option("--overwrite", help="Also replace files that this command did not write.")]
 
 
 def main() -> None:
@@ -159,7 +169,7 @@ def evaluate(
         typer.Option(help="Also write the figures to this JSON file. Finished parts are kept in OUTPUT.parts."),
     ] = None,
     plot: Annotated[str | None, typer.Option(help="Also draw pass@k and accuracy into this file (.png).")] = None,
-    overwrite: Overwrite = False,
+    overwrite: Foreign = False,
 ) -> None:
     """Measure and compare models on held-out problems: accuracy, pass@k, lengths, signs of empty reasoning."""
     from rlsys.commands import evaluate as evaluation
@@ -207,7 +217,7 @@ def extract(
         list[str] | None, typer.Argument(metavar="KEY=VALUE", help="extract.key=value or model.path=PATH.")
     ] = None,
     output: Annotated[str | None, typer.Option(help="Folder of the files. Default: RUN/data.")] = None,
-    overwrite: Overwrite = False,
+    overwrite: Foreign = False,
 ) -> None:
     """Extract supervised rows, preference pairs and step values from the trees of a search, as JSONL and Parquet."""
     from rlsys.commands import extract as extract_command
@@ -289,7 +299,7 @@ def view(
     host: Annotated[str, typer.Option(help="Address to serve on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: any free one.")] = 6007,
     export: Annotated[str | None, typer.Option(help="Write one HTML file instead, and serve nothing.")] = None,
-    overwrite: Overwrite = False,
+    overwrite: Foreign = False,
 ) -> None:
     """Show curves, times, rollouts and trees of a run in a browser, also while it goes on."""
     from rlsys.commands import view as view_command

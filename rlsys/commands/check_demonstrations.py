@@ -1,8 +1,9 @@
-"""What `rlsys check` says of a task's demonstrations: their stop strings, lengths and answers."""
+"""Warnings of `rlsys check` about demonstrations: their stop strings, lengths and answers."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from rlsys.config.environment import EnvironmentConfig, active_environment
 from rlsys.config.risks import WARNING
 from rlsys.config.schema import Config
 from rlsys.config.tasks import GeneratedConfig
-from rlsys.errors import DataError
+from rlsys.errors import ConfigError
 from rlsys.interfaces import Task
 from rlsys.launch.prepare import Prepared
 from rlsys.plugins import command_folder
@@ -31,12 +32,16 @@ def demonstrations(task: Task, seed: int) -> list[Shown]:
     size = task.size("train")
     count = COUNT if size is None else min(size, COUNT)
     indices = range(count) if size is None else [number * size // count for number in range(count)]
-    shown = (task.demonstration(index, random.Random(f"{seed}/{index}")) for index in indices)
-    return [each for each in shown if each]
+    shown: list[Shown] = []
+    with contextlib.suppress(ConfigError):  # a stage that trains them names it
+        for index in indices:
+            each = task.demonstration(index, random.Random(f"{seed}/{index}"))
+            shown += [each] if each else []
+    return shown
 
 
 def turn_with_stop(environment: EnvironmentConfig, shown: Sequence[Shown]) -> tuple[Problem, str] | None:
-    """Return the first turn of a demonstration up to a stop string and with it, and its problem; None without one."""
+    """Return the problem and first turn of a demonstration, up to and with a stop string; None without one."""
     for problem, chain in shown:
         for turn in _turns(chain):
             ends = [place + len(stop) for stop in environment.stop if (place := turn.find(stop)) >= 0]
@@ -52,7 +57,7 @@ def first_turn(shown: Sequence[Shown]) -> tuple[Problem, str] | None:
 
 
 def made_up(environment: EnvironmentConfig, prepared: Prepared) -> list[str]:
-    """Return a line if no demonstration has a turn for the environment, so that the turn of the trial is made up."""
+    """Return a line if no demonstration has a turn for the environment, so the trial makes one up."""
     if not environment.stop or turn_with_stop(environment, demonstrations(prepared.inputs.task, 0)):
         return []
     ends = " or ".join(map(repr, environment.stop))
@@ -89,7 +94,7 @@ def _lengths(prepared: Prepared, shown: Sequence[Shown]) -> Iterator[int]:
     for problem, chain in shown:
         try:
             _, trained = prepared.inputs.encode_demonstration(problem.question, chain)
-        except DataError:  # the stage that trains them names it
+        except ConfigError:  # the stage that trains them names it
             continue
         yield sum(trained)
 
@@ -110,12 +115,12 @@ def _judged(config: Config, environment: EnvironmentConfig | None, shown: Sequen
     if not wrong:
         return
     silent = sum(not verdicts[number].answered for number in wrong)
-    found = [f"{len(wrong) - silent} wrong"] if len(wrong) > silent else []
-    found += [f"{silent} without an answer"] if silent else []
+    parts = [f"{len(wrong) - silent} wrong"] if len(wrong) > silent else []
+    parts += [f"{silent} without an answer"] if silent else []
     first = complete[wrong[0]][0].problem_id
     detail = f" ({verdicts[wrong[0]].detail})" if verdicts[wrong[0]].detail else ""
     yield (
-        f"{WARNING}of {len(verdicts)} demonstrations, the verifier judges {' and '.join(found)}: "
+        f"{WARNING}of {len(verdicts)} demonstrations, the verifier judges {' and '.join(parts)}: "
         f"{len(wrong) / len(verdicts):.0%}; the first is that of {first}{detail}"
     )
 

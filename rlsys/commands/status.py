@@ -98,11 +98,11 @@ def _throughput_lines(measured: Throughput) -> Iterator[tuple[str, str]]:
     if present and best:
         now = _split(present)
         if present == best:
-            yield "balance", f"{now}: the best split of these processes, by estimate"
+            yield "balance", f"no other split of these processes would be faster than {now}"
         else:
             change = f"{_split(best)}: {best.step_s:.2f} s a step"
-            yield "balance", f"{change} in place of {present.step_s:.2f} s with {now}, by estimate"
-        yield "", "Estimate: engine time and learning time of a step, divided evenly over the processes."
+            yield "balance", f"{change} in place of {present.step_s:.2f} s with {now}"
+        yield "", "(estimated: engine time and learning time of a step, divided evenly over the processes)"
 
 
 def _split(split: Split) -> str:

@@ -35,6 +35,8 @@ def run(run_dirs: Sequence[Path], host: str, port: int, export: Path | None, *, 
     except ModuleNotFoundError as error:
         raise ConfigError(f"`rlsys view` needs the package {error.name}: pip install 'rlsys[view]'") from None
     if export is not None:
+        if not export.parent.is_dir():
+            raise ConfigError(f"--export {export}: no folder {export.parent}; make it, or choose another name")
         check_file(export, "--export", overwrite=overwrite, own=lambda content: GENERATOR.encode() in content[:HEAD])
     runs = [RunFiles(path) for path in run_dirs]
     if export is not None:

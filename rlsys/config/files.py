@@ -73,7 +73,11 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ConfigError(f"{where}: {problem}") from None
+        indent = re.match(r"\s*", text.splitlines()[mark.line] if mark and mark.line < text.count("\n") + 1 else "")
+        hint = (
+            "; a tab stands at the beginning of this line: indent with spaces" if indent and "\t" in indent[0] else ""
+        )
+        raise ConfigError(f"{where}: {problem}{hint}") from None
     except (ValueError, RecursionError) as error:  # an invalid date such as 2026-13-45; very deep nesting
         raise ConfigError(f"{source}: {error}") from None
 
@@ -125,7 +129,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     values = read_sections(path)
     for override in overrides:
         apply_override(values, override)
-    return parse_config(values, str(path))
+    return parse_config(values, str(path), [override.partition("=")[0].strip() for override in overrides])
 
 
 def read_sections(path: str | Path) -> dict[str, Any]:
@@ -154,7 +158,12 @@ def read_sections(path: str | Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
     if "\0" in text:
         raise ConfigError(f"{expected}, found bytes that are no text")
-    values = parse_yaml(text, str(path))
+    try:
+        values = parse_yaml(text, str(path))
+    except ConfigError as error:
+        if file.suffix in (".yaml", ".yml", ""):
+            raise
+        raise ConfigError(f"{path}: not a config; expected a YAML file with sections ({error.message})") from None
     if not isinstance(values, dict):
         kinds = {"NoneType": "nothing", "list": "a list", "str": "a text"}
         kind = kinds.get(type(values).__name__, "a single value")
@@ -171,18 +180,19 @@ def _neighbours(file: Path) -> list[str]:
         return []
 
 
-def parse_config(values: dict[str, Any], source: str) -> Config:
+def parse_config(values: dict[str, Any], source: str, overridden: Sequence[str] = ()) -> Config:
     """Return the validated config of nested dictionaries.
 
     Args:
         source: name of the file, for messages.
+        overridden: dotted names of the keys that were given on the command line.
     Raises:
         ConfigError: names the field and the value of every problem.
     """
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(explain(error, source)) from None
+        raise ConfigError(explain(error, source, overridden)) from None
 
 
 def dump_config(config: Config) -> str:

@@ -18,18 +18,23 @@ SHOWN_PROBLEMS = 6
 """Problems that a message names; the rest is counted."""
 
 
-def explain(error: ValidationError, source: str) -> str:
+def explain(error: ValidationError, source: str, overridden: Sequence[str] = ()) -> str:
     """Return one line about all problems of a config.
 
     Args:
         source: name of the file.
+        overridden: dotted names of the keys that were given on the command line.
     """
     problems: dict[str, list[tuple[Any, Any]]] = {}
     for problem in error.errors():
         path, annotation = locate(problem["loc"])
         problems.setdefault(path, []).append((problem, annotation))
     inner = [path for path in problems if not any(other.startswith(f"{path}.") for other in problems)]
-    lines = [f"{source}: {_explain(path, problems[path])}" for path in inner[:SHOWN_PROBLEMS]]
+    given = {path: any(f"{path}.".startswith(f"{key}.") for key in overridden) for path in inner}
+    lines = [
+        f"{'on the command line' if given[path] else source}: {_explain(path, problems[path])}"
+        for path in inner[:SHOWN_PROBLEMS]
+    ]
     more = len(inner) - len(lines)
     return "; ".join([*lines, *([f"and {more} more"] if more else [])])
 

@@ -180,7 +180,8 @@ def _types(where: str, table: PatternConfig, nodes: Mapping[str, NodeTypeConfig]
                     )
                 if name not in (START, ENVIRONMENT) and name not in nodes:
                     raise ConfigError(
-                        f"{where}.{field}.{parent}: unknown node type {name!r}; {_known(name, nodes, 'search.nodes')}"
+                        f"{where}.{field}.{parent}: unknown node type {name!r}; "
+                        f"{_known(name, {*nodes, ENVIRONMENT}, 'search.nodes')}"
                     )
                 if name not in (START, ENVIRONMENT):
                     types[name] = nodes[name]

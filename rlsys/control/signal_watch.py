@@ -6,6 +6,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from rlsys.config.environment import active_environment
+from rlsys.config.schema import Config
+
 STEPS = 5
 _BEFORE = "the stage warm_start or sft"
 _NAMES = ("zero_advantage_groups", "truncated_rate", "no_answer_rate", "accuracy", "reward")
@@ -76,3 +79,10 @@ class SignalWatch:
 
     def _always(self, name: str) -> bool:
         return all(step[name] == 1 for step in self._steps)
+
+
+def signal_watch(config: Config, say: Callable[[str], None]) -> SignalWatch:
+    """Return the watch of a run, with the stop strings of its environment."""
+    environment = active_environment(config.environment, config.task)
+    stops = environment.stop if environment else ()
+    return SignalWatch(say=say, max_tokens=config.sampling.max_tokens, stops=stops)

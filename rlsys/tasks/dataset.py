@@ -235,5 +235,10 @@ def _check_not_empty(
         )
         raise DataError(f"{rule}: no row is left for evaluation")
     if not train:
-        reason = f"; {repeated} of its questions are also held out" if repeated else ""
+        other = (
+            f"give {fields[1]} other rows, or leave it out"
+            if config.held_out_path
+            else "add rows, or raise task.held_out_every"
+        )
+        reason = f"; {repeated} of its questions are also held out: {other}" if repeated else ""
         raise DataError(f"{fields[0]} {config.path}: no row is left for training{reason}")

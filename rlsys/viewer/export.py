@@ -17,7 +17,7 @@ TOKENS, TREES, NODES = 40_000, 10, 5000
 def page(runs: Sequence[RunFiles]) -> str:
     """Return the file: all curves and times, the rollouts of the newest weight version, and the first trees.
 
-    The rollouts, times and trees are those of the first run.
+    The rollouts, times and trees are those of the first run. A search without training has its trees alone.
     """
     run = runs[0]
     version, rows = run.rollouts()
@@ -39,6 +39,7 @@ def page(runs: Sequence[RunFiles]) -> str:
         "style": _text("uplot.css") + _text("style.css"),
         "script": _text("uplot.js") + _text("curves.js"),
     }
+    values["trained"] = not values["views"] or bool(values["groups"] or values["lines"] or values["rollouts"])
     return pages.environment().get_template("export.html").render(values)
 
 

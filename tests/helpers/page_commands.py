@@ -79,6 +79,9 @@ RUNS: dict[str, dict[str, Run]] = {
         ),
     },
     "docs/environments.md": {
+        "rlsys train configs/sums_calculator.yaml 'stages=[warm_start]'": Run(
+            adds="run.dir=runs/short warm_start.max_steps=4", prints=("run directory: ",)
+        ),
         "rlsys train configs/sums_calculator.yaml": Run(adds=ONE_STEP, prints=FINISHED),
         "rlsys search": Run(adds="search.prompts=8", prints=("scored answers",)),
         "rlsys show": Run(prints=("environment, value",)),

@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from rlsys.config.environment import active_environment
 from rlsys.config.stages import StagePlan
 from rlsys.control.budgets import FailureLimit, verifier_limit
 from rlsys.control.buffer import Buffer
@@ -23,7 +22,7 @@ from rlsys.control.dynamic_sampling import GroupFilter, has_signal
 from rlsys.control.producer import Producer
 from rlsys.control.rollout_details import EXAMPLE_INTERVAL, examples, histograms
 from rlsys.control.rollout_metrics import engine_metrics, rollout_metrics
-from rlsys.control.signal_watch import SignalWatch
+from rlsys.control.signal_watch import signal_watch
 from rlsys.control.stages.training import TrainingStage
 from rlsys.control.training_run import Stopwatch, TrainingRun
 from rlsys.errors import NonFiniteLossError, RlsysError
@@ -63,12 +62,7 @@ class OnlineStage(TrainingStage):
             unlogged_tokens=counters.unlogged_tokens,
         )
         self._buffer = Buffer(train.groups_per_step, train.max_staleness)
-        environment = active_environment(config.environment, config.task)
-        self._signal = SignalWatch(
-            say=run.context.display.message,
-            max_tokens=config.sampling.max_tokens,
-            stops=environment.stop if environment else (),
-        )
+        self._signal = signal_watch(config, run.context.display.message)
         self._publishing: asyncio.Task[Mapping[str, float]] | None = None  # beside the next step
 
     async def train(self) -> None:

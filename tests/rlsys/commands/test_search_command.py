@@ -171,7 +171,9 @@ def test_the_whole_command_over_a_pretended_pool(tmp_path: Path, monkeypatch: py
 
 def test_a_search_with_untrained_weights_is_refused_before_it_occupies_the_folder(tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    config = shipped(f"run.dir={run_dir}", "model.path=null", "model.from_scratch={hidden_size: 32, layers: 1, heads: 1}")
+    config = shipped(
+        f"run.dir={run_dir}", "model.path=null", "model.from_scratch={hidden_size: 32, layers: 1, heads: 1}"
+    )
     with pytest.raises(ConfigError, match="is made from scratch and untrained: train it first, or set model.path$"):
         search_command.run(config)
     assert not run_dir.exists()

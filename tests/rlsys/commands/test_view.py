@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,20 @@ def test_a_copy_is_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(ConfigError, match=r"--export .*mine\.html: the file exists"):
         run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "mine.html")
     run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "mine.html", overwrite=True)
-    with pytest.raises(ConfigError, match="--export: "):
+    with pytest.raises(ConfigError, match=rf"no folder {tmp_path / 'no'}; make it"):
         run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "no" / "folder.html")
+
+
+def test_the_copy_of_a_search_without_training_has_its_trees_alone(tmp_path: Path) -> None:
+    write_run(tmp_path / "run")
+    run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "whole.html")
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    shutil.rmtree(tmp_path / "run" / "rollouts")
+    run([tmp_path / "run"], "127.0.0.1", 0, tmp_path / "trees.html")
+    whole, trees = ((tmp_path / f"{name}.html").read_text() for name in ("whole", "trees"))
+    for part in ("curves", "times", "rollouts", "trees"):
+        assert f'href="#{part}"' in whole and f'id="{part}"' in whole
+        assert (f'href="#{part}"' in trees) == (f'id="{part}"' in trees) == (part == "trees")
 
 
 @pytest.mark.parametrize("arguments", [["{}/nothing"], ["{}/run", "0.0.0.0"]])  # noqa: S104

@@ -225,3 +225,27 @@ def test_messages_name_a_key_of_the_schema(changes: dict[str, Any], message: str
     with pytest.raises(ConfigError) as caught:
         parse_config(minimal(**changes), "c.yaml")
     assert caught.value.message.startswith(message)
+
+
+def test_a_tab_and_a_script_in_the_place_of_a_config_are_named(tmp_path: Path) -> None:
+    for text in ("run:\n\tdir: a\n", "run:\n  dir: a\n\tseed: 0\n"):
+        with pytest.raises(ConfigError, match="indent with spaces"):
+            parse_yaml(text, "c.yaml")
+    with pytest.raises(ConfigError) as caught:
+        parse_yaml("a: b: c", "c.yaml")
+    assert "tab" not in caught.value.message
+    (tmp_path / "make.py").write_text("def f(a: int) -> dict[str, int]:\n    return {'a': a}\n")
+    with pytest.raises(ConfigError, match=r"make\.py: not a config; expected a YAML file with sections"):
+        load_config(tmp_path / "make.py")
+
+
+def test_a_fault_of_an_override_is_not_that_of_the_file(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(
+        "run: {dir: a}\nmodel: {path: b}\ntask: {type: letter_count}\ntrain: {group_siz: 2}\n"
+    )
+    with pytest.raises(ConfigError) as caught:
+        load_config(tmp_path / "c.yaml", ["train.max_stepz=3", "sampling={top: 1}"])
+    message = caught.value.message
+    assert f"{tmp_path / 'c.yaml'}: train.group_siz: unknown key" in message
+    assert "on the command line: train.max_stepz: unknown key" in message
+    assert "on the command line: sampling.top: unknown key" in message

@@ -156,6 +156,10 @@ def test_a_type_that_only_a_wrong_answer_leads_to_is_reached() -> None:
             "search.tables.t.children.a: unknown node type 'answr'; did you mean answer? known: a, answer, b, ",
         ),
         (
+            {"children": {**CHILDREN, "a": {"enviroment": 1}}},
+            "search.tables.t.children.a: unknown node type 'enviroment'; did you mean environment? known: a, ",
+        ),
+        (
             {"children": CHILDREN, "after_wrong": {"a": {"reflexion": 1}}},
             "search.tables.t.after_wrong.a: unknown node type 'reflexion'; did you mean reflection?",
         ),
