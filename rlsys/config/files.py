@@ -73,10 +73,10 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
-        indent = re.match(r"\s*", text.splitlines()[mark.line] if mark and mark.line < text.count("\n") + 1 else "")
-        hint = (
-            "; a tab stands at the beginning of this line: indent with spaces" if indent and "\t" in indent[0] else ""
-        )
+        lines = text.splitlines()
+        line = lines[mark.line] if mark and mark.line < len(lines) else ""  # a text may end too early
+        is_tab = "\t" in line[: len(line) - len(line.lstrip())]
+        hint = "; a tab stands at the beginning of this line: indent with spaces" if is_tab else ""
         raise ConfigError(f"{where}: {problem}{hint}") from None
     except (ValueError, RecursionError) as error:  # an invalid date such as 2026-13-45; very deep nesting
         raise ConfigError(f"{source}: {error}") from None

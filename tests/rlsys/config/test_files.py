@@ -25,6 +25,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
         ("a: !!python/object/apply:os.system ['true']", 1, "constructor"),
         ("{[1, 2]: 3}", 1, "key"),
         ("a: [1, 2", 1, "expected"),
+        ("a: [1, 2\n", 2, "expected"),
     ],
 )
 def test_unusable_yaml_names_the_line(text: str, line: int, found: str) -> None:
