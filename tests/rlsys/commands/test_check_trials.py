@@ -110,4 +110,4 @@ def test_an_environment_that_answers_the_same_turns_differently_is_warned_of(
     (tmp_path / "mine.py").write_text(CODE)
     _, warning = shown({"type": "letter_count"}, fn="mine.py:counts", stop=["</ask>"])
     assert warning.startswith(f"{WARNING}environment.fn 'mine.py:counts': expected the same reply whenever it is asked")
-    assert re.search(r"found '\d', reward 1 and then '\d', reward 1 to the turn '2</ask>'", warning)
+    assert re.search(r"found '\d', reward 1 and then '\d', reward 1 on the turn '2</ask>'", warning)

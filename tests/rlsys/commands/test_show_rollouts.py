@@ -57,8 +57,8 @@ def test_the_wrong_ones_of_all_steps(run_dir: Path) -> None:
     lines = shown(run_dir, pick="wrong")
     assert lines[0] == "rollouts that are not right: 2 of the 12 kept completions"
     assert [line for line in lines if line.startswith("== ")] == [
-        "== p0, reference 2, step 1",
-        "== p1, reference 2, step 1",
+        "== p0, reference p0, step 1",
+        "== p1, reference p1, step 1",
     ]
     assert rewards(lines) == ["0", "0"]
     assert shown(run_dir, pick="wrong", prompt="p1")[0] == "rollouts that are not right: 1 of the 6 kept completions"
