@@ -43,7 +43,7 @@ def name_failures(verdicts: Sequence[Verdict], texts: Sequence[str]) -> list[Ver
     """Return verdicts in which the reason of a failed verification has the end of its completion."""
     return [
         replace(verdict, detail=f"{verdict.detail}; the completion ends with {quoted(text[-MAX_QUOTED_CHARS:])}")
-        if verdict.outcome in ("error", "timeout")
+        if verdict.outcome in ("error", "timeout") and text
         else verdict
         for verdict, text in zip(verdicts, texts, strict=True)
     ]

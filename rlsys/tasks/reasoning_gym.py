@@ -88,7 +88,7 @@ class ReasoningGymTask(BaseTask):
             return wrong("no answer: the completion was cut off", answered=False)
         answer = find_answer(completion)
         if answer is None or answer.alone or not answer.text:
-            return wrong("no answer: no tag, box or lead-in", answered=False)
+            return wrong("no answer: no <answer>, box or lead-in", answered=False)
         scorer = self._scorers[problem.metadata["source_dataset"]]
         try:
             score = float(scorer.score_answer(answer.text, ast.literal_eval(problem.metadata["entry"])))
