@@ -26,7 +26,7 @@ from actors.adapter_loading import served_adapter
 from actors.engine import Completion, Engine
 from actors.model_actor import RemoteEngine
 from actors.rollouts.multi_turn import Episodes
-from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge
+from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge, name_failures
 from actors.search.build import build_codec, build_scheduler
 from actors.search.engines import CompletionEngine
 from actors.search.group import build_searched_group
@@ -206,7 +206,7 @@ class RolloutActor:
             [completion.token_ids[: _content_length(completion)] for completion in completions]
         )
         verdicts = await self.rewards.verify(items_to_judge(prompt, completions, texts))
-        return build_group(prompt, completions, verdicts)
+        return build_group(prompt, completions, name_failures(verdicts, texts))
 
     async def probe(self, rows: Sequence[Int32Array]) -> tuple[Float32Array, ...]:
         """Return the log-probabilities of the given rows under the present weights, [T-1] each."""

@@ -283,7 +283,12 @@ def show(
         str, typer.Argument(metavar="PROMPT", help="Id of a prompt: show its tree, or without trees its rollouts.")
     ] = "",
     step: Annotated[int | None, typer.Option(help="Rollouts of this online step. Default: the last one.")] = None,
-    pick: Annotated[str | None, typer.Option(help="Show the `best`, `worst` or `random` rollouts of the step.")] = None,
+    pick: Annotated[
+        str | None,
+        typer.Option(
+            help="Show the `best`, `worst` or `random` rollouts of the step, or the newest `wrong` ones of all steps."
+        ),
+    ] = None,
 ) -> None:
     """Show some rollouts of a step and list the trees, or show the tree of a prompt."""
     from rlsys.commands import show as show_command

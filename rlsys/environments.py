@@ -61,7 +61,9 @@ def build_environment(config: EnvironmentConfig, folder: str) -> Environment:
     try:
         inspect.signature(plugin).bind(*given, **arguments)
     except TypeError as error:
-        raise ConfigError(f"environment.fn {name!r} with environment.arguments {arguments}: {error}") from None
+        taken = ["problem", *([] if is_game else ["turns"]), *(f"{key}={value!r}" for key, value in arguments.items())]
+        called = f"{name.rpartition(':')[2]}({', '.join(taken)})"
+        raise ConfigError(f"environment.fn {name!r}: it is called as {called}: {error}") from None
 
     def play(problem: Problem, turns: Sequence[str]) -> Reply:
         if not is_game:

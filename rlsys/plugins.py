@@ -9,6 +9,8 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +33,14 @@ PluginName = Annotated[str, PLUGIN_VALIDATOR]
 
 PLUGIN = "plug-in "
 """Beginning of the name of a digest in `plugin_digests`."""
+MAX_MESSAGE_CHARS = 400
+_PACKAGES = Path(__file__).resolve().parents[1]
+_NOT_THE_USERS = (
+    *(f"{_PACKAGES / name}{os.sep}" for name in ("rlsys", "actors", "learners")),
+    *(f"{sysconfig.get_path(name)}{os.sep}" for name in ("stdlib", "platstdlib", "purelib", "platlib")),
+    "<",  # frozen modules and code that was made at run time
+)
+"""Beginnings of the paths of files that no user of rlsys writes."""
 FOLDER = "RLSYS_FOLDER"
 """Environment variable of learner ranks: the folder in which the command was started."""
 
@@ -99,13 +109,13 @@ def load_plugin(name: str, folder: str, field: str) -> Any:
         ConfigError: the module cannot be imported, or has no such object.
     """
     source, _, attribute = name.partition(":")
+    if source.endswith(".py") and not (Path(folder) / source).is_file():
+        raise ConfigError(f"{field} {name!r}: cannot import {source}: no such file {Path(folder) / source}")
     try:
         module = _file_module(Path(folder) / source) if source.endswith(".py") else _module(source, folder)
     except (Exception, SystemExit) as error:
         where = f", also looked for in {folder}" if isinstance(error, ModuleNotFoundError) else ""
-        raise ConfigError(
-            f"{field} {name!r}: cannot import {source}: {type(error).__name__}: {error}{where}"
-        ) from error
+        raise ConfigError(f"{field} {name!r}: cannot import {source}: {raised_text(error)}{where}") from error
     value: Any = module
     for part in attribute.split("."):
         if not hasattr(value, part):
@@ -113,6 +123,14 @@ def load_plugin(name: str, folder: str, field: str) -> Any:
             raise ConfigError(f"{field} {name!r}: {source} has no {attribute!r}; it has {known[:300]}")
         value = getattr(value, part)
     return value
+
+
+def raised_text(error: BaseException) -> str:
+    """Return type and message of an exception, and the innermost line of the user's code that it comes from."""
+    frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+    own = [(file, line) for file, line in frames if not file.startswith(_NOT_THE_USERS)]
+    place = f" ({Path(own[-1][0]).name}:{own[-1][1]})" if own else ""
+    return f"{type(error).__name__}: {str(error)[:MAX_MESSAGE_CHARS]}{place}"
 
 
 def _module(name: str, folder: str) -> Any:
@@ -126,8 +144,8 @@ def _file_module(path: Path) -> Any:
     if name in sys.modules:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None or not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+    if spec is None or spec.loader is None:
+        raise ImportError(f"no Python file: {path}")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:

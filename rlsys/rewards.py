@@ -18,7 +18,7 @@ from typing import Any
 from rlsys.config.rewards import TASK, RewardFunctionConfig, RewardsConfig
 from rlsys.config.search_values import FunctionValueConfig
 from rlsys.errors import ConfigError
-from rlsys.plugins import load_function
+from rlsys.plugins import load_function, raised_text
 from rlsys.types import Message, Problem, Verdict
 
 Text = str | Sequence[Mapping[str, str]]
@@ -151,7 +151,7 @@ class _Function:
             if inspect.isawaitable(values):
                 values = asyncio.run(_awaited(values))
         except Exception as error:  # noqa: BLE001 - the failure becomes data
-            return f"{self._noun} {self.name}: {type(error).__name__}: {error}"
+            return f"{self._noun} {self.name}: {raised_text(error)}"
         fault = f"{self._noun} {self.name}: expected a list of one number or None"
         if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
             return f"{fault}, found {type(values).__name__}"

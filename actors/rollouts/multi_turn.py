@@ -17,6 +17,7 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollouts.seeds import sample_seed
+from actors.rollouts.single_turn import name_failures
 from rlsys.config.environment import EnvironmentConfig
 from rlsys.config.rewards import ENVIRONMENT, TASK
 from rlsys.errors import DataError, RolloutError
@@ -168,6 +169,7 @@ class Episodes:
             )
         )
         final = [each.failure or with_replies(next(verdicts), each.replies) for each in episodes]
+        final = name_failures(final, [self._config.joint.join(each.turns) for each in episodes])
         failed = [verdict for verdict in final if verdict.outcome in ("error", "timeout")]
         if failed:
             count, first = f"{len(failed)} of {len(final)}", failed[0]

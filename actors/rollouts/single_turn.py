@@ -10,6 +10,7 @@ import numpy as np
 
 from actors.engine import Completion, CompletionRequest
 from actors.rollouts.seeds import sample_seed
+from rlsys.tasks.reasons import MAX_QUOTED_CHARS, quoted
 from rlsys.types import WHOLE, Problem, Prompt, SamplingSettings, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
@@ -36,6 +37,16 @@ def items_to_judge(
     """Return the arguments of `Task.verify` for the texts of completions. One that was cut off is not finished."""
     pairs = zip(completions, texts, strict=True)
     return [(prompt.problem, text, completion.finish_reason in WHOLE) for completion, text in pairs]
+
+
+def name_failures(verdicts: Sequence[Verdict], texts: Sequence[str]) -> list[Verdict]:
+    """Return verdicts in which the reason of a failed verification has the end of its completion."""
+    return [
+        replace(verdict, detail=f"{verdict.detail}; the completion ends with {quoted(text[-MAX_QUOTED_CHARS:])}")
+        if verdict.outcome in ("error", "timeout") and text
+        else verdict
+        for verdict, text in zip(verdicts, texts, strict=True)
+    ]
 
 
 def build_group(prompt: Prompt, completions: Sequence[Completion], verdicts: Sequence[Verdict]) -> TrajectoryGroup:

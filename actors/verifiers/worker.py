@@ -30,6 +30,7 @@ from rlsys.config.tasks import TaskConfig
 from rlsys.environments import build_environment
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Reply
+from rlsys.plugins import raised_text
 from rlsys.rewards import ChainValue, Rewards
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
@@ -140,7 +141,7 @@ def _judge(verifier: Verifier, *arguments: Any) -> Answer:
         return _checked_reply(given) if asks_environment(arguments[0]) else _checked(given)
     # A failure becomes data. SystemExit and the timeouts of some libraries derive from BaseException only.
     except BaseException as error:  # noqa: BLE001
-        return _error(f"{type(error).__name__}: {error}")
+        return _error(raised_text(error))
 
 
 def _checked_reply(reply: Any) -> Answer:

@@ -115,8 +115,8 @@ def first_reply(config: Config, environment: EnvironmentConfig, prepared: Prepar
     first, again = asyncio.run(_replies(config, environment, requests))
     name = f"environment.fn {environment.fn!r}"
     pairs = list(zip(first, again, strict=True))
-    opening, notes = _checked(pairs[0], name, "no turn")
-    reply, more = _checked(pairs[1], name, f"the turn {turn!r}")
+    opening, notes = _checked(pairs[0], name, "before the first turn")
+    reply, more = _checked(pairs[1], name, f"on the turn {turn!r}")
     encode = TurnEncoder(prepared.policy.tokenizer, environment.role).reply
     try:
         opening_ids(opening.text, encode, environment.role, len(prompt.token_ids), config.actors.max_model_len)
@@ -137,13 +137,13 @@ def _checked(answers: Sequence[Reply | Verdict], name: str, given: str) -> tuple
     replies = []
     for answer in answers:
         if isinstance(answer, Verdict):
-            raise ConfigError(f"{name} failed on {given}: {answer.detail}")
+            raise ConfigError(f"{name} failed {given}: {answer.detail}")
         replies.append(answer)
     told = list(dict.fromkeys(map(_told, replies)))
     if len(told) == 1:
         return replies[0], []
     warning = (
-        f"{WARNING}{name}: expected the same reply whenever it is asked, found {told[0]} and then {told[1]} to "
+        f"{WARNING}{name}: expected the same reply whenever it is asked, found {told[0]} and then {told[1]} "
         f"{given}; it must be a function of problem and turns: draw random numbers from a seed such as "
         "problem.problem_id"
     )

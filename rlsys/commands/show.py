@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree as Drawing
 
-from rlsys.commands.show_rollouts import PICKS, find_rows, has_rollouts, show_rollouts
+from rlsys.commands.show_rollouts import PICKS, find_rows, has_rollouts, show_rollouts, show_wrong
 from rlsys.directory import SearchDirectory
 from rlsys.display import print_lines, print_table, printable
 from rlsys.errors import ConfigError
@@ -37,7 +37,10 @@ def run(run_dir: Path, prompt_id: str, console: Console, *, step: int | None = N
         raise ConfigError(f"--pick: expected one of {', '.join(PICKS)}, found {pick!r}")
     grown, asked_rollouts = _tree_files(run_dir), step is not None or pick is not None
     if asked_rollouts or (has_rollouts(run_dir) and not (prompt_id and grown)):
-        show_rollouts(find_rows(run_dir, step, prompt_id), pick, console)
+        if pick == "wrong":
+            show_wrong(run_dir, step, prompt_id, console)
+        else:
+            show_rollouts(find_rows(run_dir, step, prompt_id), pick, console)
         if asked_rollouts or prompt_id or not grown:
             return
         print_lines(console, [""])

@@ -17,7 +17,8 @@ from rlsys.run.rollout_files import read_rollouts, rollout_files
 from rlsys.run.rollouts import training_facts
 
 SHOWN = 4
-PICKS = ("best", "worst", "random")
+SHOWN_WRONG = 10
+PICKS = ("best", "worst", "random", "wrong")
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -54,15 +55,45 @@ def show_rollouts(rows: Rows, pick: str | None, console: Console) -> None:
     shown = choose(rows, pick)
     step, version = rows[0]["step"], rows[0]["version"]
     lines = [f"rollouts of step {step} (weight version {version}): {len(shown)} of the {len(rows)} kept completions"]
-    prompt = None
-    for row in shown:
-        if row["prompt_id"] != prompt:
-            prompt = row["prompt_id"]
-            lines += ["", f"== {prompt}, reference {row['reference'] or 'none'}", row["prompt"].strip()]
+    print_lines(console, [line for text in [*lines, *_texts(shown)] for line in text.split("\n")])
+
+
+def _texts(rows: Rows, *, steps: bool = False) -> list[str]:
+    """Return completions with their prompts and judgements as texts, and the step of each prompt if asked for."""
+    lines: list[str] = []
+    group = None
+    for row in rows:
+        if (row["step"], row["prompt_id"]) != group:
+            group = (row["step"], row["prompt_id"])
+            title = f"== {row['prompt_id']}, reference {row['reference'] or 'none'}"
+            lines += ["", f"{title}, step {row['step']}" if steps else title, row["prompt"].strip()]
         lines += ["", f"-- {', '.join([heading(row), *training_facts(row)])}", row["completion"].strip()]
         lines += [f"   {name}: {value:g}" for name, value in row["parts"].items()]
         lines += [f"   verifier: {row['detail']}"] if row["detail"] else []
-    print_lines(console, [line for text in lines for line in text.split("\n")])
+    return lines
+
+
+def show_wrong(run_dir: Path, step: int | None, prompt_id: str, console: Console) -> None:
+    """Print the newest kept completions that are not right, of all online steps or of one.
+
+    Raises:
+        ConfigError, DamagedFileError: as for `find_rows`.
+    """
+    find_rows(run_dir, step, prompt_id)  # the same words if there is nothing to show
+    shown: list[Mapping[str, Any]] = []
+    total = wrong = 0
+    for first, _ in reversed(rollout_files(RunDirectory(run_dir).rollouts)):
+        for _, rows in sorted(read_rollouts(run_dir, first).items(), reverse=True):
+            if step not in (None, rows[0]["step"]):
+                continue
+            chosen = [row for row in rows if prompt_id in ("", row["prompt_id"])]
+            faulty = [row for row in chosen if not row["correct"]]
+            total, wrong = total + len(chosen), wrong + len(faulty)
+            shown += faulty[: SHOWN_WRONG - len(shown)]
+    more = f", the newest {len(shown)}" if wrong > len(shown) else ""
+    where = "" if step is None else f" of step {step}"
+    lines = [f"rollouts{where} that are not right: {wrong} of the {total} kept completions{more}"]
+    print_lines(console, [line for text in [*lines, *_texts(shown, steps=True)] for line in text.split("\n")])
 
 
 def choose(rows: Rows, pick: str | None) -> list[Mapping[str, Any]]:

@@ -55,7 +55,8 @@ def _lines(status: RunStatus) -> Iterator[tuple[str, str]]:
     if status.throughput:
         yield from _throughput_lines(status.throughput)
     counts = [f"{name.replace('_', ' ')}: {value:,}" for name, value in status.counts.items() if value]
-    yield "failures", ", ".join(counts) or "none"
+    ended = "none in the recorded steps; state says what ended the run" if status.state == "failed" else "none"
+    yield "failures", ", ".join(counts) or ended
     if status.prompts:
         yield "prompts", ", ".join(f"{value:,} {name}" for name, value in status.prompts.items())
     for name, tracker in status.trackers.items():

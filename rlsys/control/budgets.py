@@ -84,7 +84,8 @@ def _verifications(group: TrajectoryGroup) -> tuple[int, int, list[str]]:
         total = int(group.metrics["verifier_errors"] + group.metrics["scored"] + group.metrics["values"])
         detail = f"in the tree of prompt {group.prompt.prompt_id}, see the log of its actor"
         return failed, total, [detail] if failed else []
-    details = [trajectory.detail for trajectory in group.trajectories if not trajectory.judged]
+    name = group.prompt.prompt_id
+    details = [f"prompt {name}: {trajectory.detail}" for trajectory in group.trajectories if not trajectory.judged]
     return len(details), len(group.trajectories), details
 
 

@@ -49,7 +49,9 @@ def node_facts(node: ThoughtNode) -> list[str]:
 
 def verdict_text(node: ThoughtNode) -> str:
     """Return the verdict on the chain that ends at a node; "" without one."""
-    return f"{node.verdict.outcome}, reward {node.verdict.reward:g}" if node.verdict else ""
+    if node.verdict is None:
+        return ""
+    return f"{'right' if node.correct else node.verdict.outcome}, reward {node.verdict.reward:g}"
 
 
 def right_nodes(tree: Tree) -> set[int]:

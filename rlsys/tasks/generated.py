@@ -80,7 +80,9 @@ class GeneratedTask(ABC, Generic[Config, Instance]):
         Such an answer is complete, so it counts even if the completion then reached its length limit.
         """
         text = tags.final_answer(completion)
-        return wrong("no final <answer>", answered=False) if text is None else self._judge(problem.answer, text)
+        return (
+            wrong(tags.answer_fault(completion), answered=False) if text is None else self._judge(problem.answer, text)
+        )
 
     def digest(self) -> str:
         """Return the sha256 of the problems of the held-out file, "" without a file."""

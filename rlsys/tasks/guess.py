@@ -11,6 +11,7 @@ from typing import NamedTuple
 from rlsys.config.tasks import GuessConfig
 from rlsys.interfaces import Reply
 from rlsys.tasks.generated import GeneratedTask, wrong
+from rlsys.tasks.reasons import read_and_expected
 from rlsys.types import Problem, Verdict
 
 HELD_OUT_EVERY = 10
@@ -65,8 +66,10 @@ class GuessTask(GeneratedTask[GuessConfig, Range]):
     def verify(self, problem: Problem, completion: str, finished: bool = True) -> Verdict:
         """Return the reward of the last guess if it is right: the fewer guesses, the more."""
         guesses = [int(guess) for guess in _GUESS.findall(completion)]
-        if not guesses or guesses[-1] != int(problem.answer):
-            return wrong("the number was not guessed", answered=bool(guesses))
+        if not guesses:
+            return wrong("no guess", answered=False)
+        if guesses[-1] != int(problem.answer):
+            return wrong(f"the number was not guessed: {read_and_expected(str(guesses[-1]), problem.answer)}")
         reward = 1 - (len(guesses) - 1) / self.config.max_guesses
         if reward <= 0:
             return wrong(f"guess {len(guesses)} is later than task.max_guesses")

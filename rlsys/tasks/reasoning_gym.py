@@ -23,6 +23,7 @@ from rlsys.tables.messages import with_system_prompt, with_template
 from rlsys.tasks.answers.extraction import find_answer
 from rlsys.tasks.base import BaseTask
 from rlsys.tasks.generated import hashed_random, wrong
+from rlsys.tasks.reasons import read_and_expected
 from rlsys.types import Problem, Split, Verdict
 
 # A data set gives the item i of seed s the generator of s + i, so seeds are hashed, and indices stay below this number.
@@ -87,7 +88,7 @@ class ReasoningGymTask(BaseTask):
             return wrong("no answer: the completion was cut off", answered=False)
         answer = find_answer(completion)
         if answer is None or answer.alone or not answer.text:
-            return wrong("no answer: no tag, box or lead-in", answered=False)
+            return wrong("no answer: no <answer>, box or lead-in", answered=False)
         scorer = self._scorers[problem.metadata["source_dataset"]]
         try:
             score = float(scorer.score_answer(answer.text, ast.literal_eval(problem.metadata["entry"])))
@@ -95,7 +96,8 @@ class ReasoningGymTask(BaseTask):
             return wrong(f"its scorer raised {type(error).__name__}: {error}")
         if score >= 1:
             return Verdict(outcome="ok", reward=score, answered=True)
-        return Verdict(outcome="wrong", reward=score, answered=True, detail=f"score {score:g}")
+        detail = f"score {score:g}: {read_and_expected(answer.text, problem.answer)}"
+        return Verdict(outcome="wrong", reward=score, answered=True, detail=detail)
 
     def notes(self) -> tuple[str, ...]:
         notes = [f"task.datasets: {name} {FAULTS[name]}" for name in self.config.datasets if name in FAULTS]

@@ -74,3 +74,20 @@ def final_answer(completion: str) -> str | None:
     if match is None or completion.count("<answer>") != 1 or completion.count("</answer>") != 1:
         return None
     return match.group(1).strip()
+
+
+def answer_fault(completion: str) -> str:
+    """Return why a completion has no `final_answer`."""
+    opened, closed = completion.count("<answer>"), completion.count("</answer>")
+    ends_with_one = _FINAL_ANSWER.search(completion) is not None
+    if not opened:
+        fault = "</answer> without <answer>" if closed else ""
+    elif ends_with_one and opened > closed:
+        fault = "an earlier <answer> is not closed"
+    elif not closed or (opened == closed == 1 and completion.index("</answer>") < completion.index("<answer>")):
+        fault = "it is not closed"
+    elif opened == closed == 1:
+        fault = "text follows it"
+    else:
+        fault = "more than one <answer>" if opened > 1 else "more than one </answer>"
+    return f"no final <answer>{fault and f': {fault}'}"

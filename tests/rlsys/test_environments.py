@@ -40,6 +40,9 @@ class Plain:
     pass
 
 number = 4
+
+def lonely(problem):
+    return Reply()
 """
 
 
@@ -87,6 +90,8 @@ def test_the_examples_of_the_page_work(tmp_path: Path) -> None:
         ("number", {}, "found int"),
         ("echo", {"suffix": 1}, "unexpected keyword argument 'suffix'"),
         ("Tower", {"width": 1}, "unexpected keyword argument 'width'"),
+        ("lonely", {}, "it is called as lonely(problem, turns): too many positional arguments"),
+        ("echo", {"suffix": 1}, "it is called as echo(problem, turns, suffix=1): got an unexpected"),
         ("nothing", {}, "mine.py has no 'nothing'"),
     ],
 )

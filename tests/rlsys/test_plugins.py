@@ -8,13 +8,27 @@ from typing import Any
 import pytest
 
 from rlsys.errors import ConfigError
-from rlsys.plugins import load_plugin, plugin_digests
+from rlsys.plugins import load_plugin, plugin_digests, raised_text
 
 
 def test_a_script_that_ends_the_program_is_a_fault_of_the_file(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
-    with pytest.raises(ConfigError, match="rewards.fn 'mine.py:f': cannot import mine.py: SystemExit: 0"):
+    with pytest.raises(
+        ConfigError, match="rewards.fn 'mine.py:f': cannot import mine.py: SystemExit: 0 \\(mine.py:2\\)"
+    ):
         load_plugin("mine.py:f", str(tmp_path), "rewards.fn")
+
+
+def test_an_exception_names_the_innermost_line_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "import json\n\ndef outer():\n    return inner()\n\ndef inner():\n    return json.loads('{')\n"
+    )
+    function = load_plugin("mine.py:outer", str(tmp_path), "rewards.fn")
+    with pytest.raises(ValueError, match="Expecting property name") as caught:
+        function()
+    text = raised_text(caught.value)
+    assert text.startswith("JSONDecodeError: Expecting property name") and text.endswith(" (mine.py:7)")
+    assert raised_text(ValueError("x" * 1000)) == f"ValueError: {'x' * 400}"
 
 
 def test_every_named_file_has_a_digest(tmp_path: Path) -> None:

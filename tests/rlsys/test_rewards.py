@@ -119,7 +119,7 @@ def test_a_number_of_numpy_is_a_reward(folder: str) -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ({"fn": "mine.py:raises"}, "reward function raises: KeyError: 'solution'"),
+        ({"fn": "mine.py:raises"}, "reward function raises: KeyError: 'solution' (mine.py:"),
         ({"fn": "mine.py:of_columns"}, "it needs the argument 'level', and the data have no such column; "),
         (
             {"fn": "mine.py:misspelt"},
@@ -142,7 +142,10 @@ def test_a_fault_of_a_function_is_an_error_that_names_it(folder: str, function: 
     ("function", "message"),
     [
         ({"fn": "mine.py:missing"}, "mine.py has no 'missing'; it has asyncio, np, brevity"),
-        ({"fn": "other.py:brevity"}, "rewards.functions.0.fn 'other.py:brevity': cannot import other.py"),
+        (
+            {"fn": "other.py:brevity"},
+            "rewards.functions.0.fn 'other.py:brevity': cannot import other.py: no such file ",
+        ),
         ({"fn": "no_such_module:brevity"}, "No module named 'no_such_module', also looked for in"),
         ({"fn": "mine.py:not_callable"}, "expected a function, found int"),
         ({"fn": "mine.py:needs_ids"}, "it needs completion_ids, which does not exist here"),

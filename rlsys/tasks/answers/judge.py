@@ -11,7 +11,7 @@ Every text must be used whole. What cannot be decided is wrong, and the verdict 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -22,6 +22,7 @@ from rlsys.tasks.answers.reading.lexer import FUNCTIONS
 from rlsys.tasks.answers.reading.reader import MAX_ANSWER_CHARS, read_answer
 from rlsys.tasks.answers.reading.words import choice_letter, chosen_letter, read_any_words, same_words, squeeze
 from rlsys.tasks.answers.values import Based, Expr, UndecidableError, UnreadableError, Value, Words, number
+from rlsys.tasks.reasons import quoted, read_and_expected
 from rlsys.types import Verdict
 
 Strictness = Literal["text", "value", "lenient"]
@@ -64,8 +65,15 @@ class Judge:
         if not finished and not self.accept_cut_off:
             return _no_answer("the completion was cut off")
         answer = find_answer(completion)
+        verdict = self._judged(reference, answer)
+        if answer is None or verdict.outcome == "ok" or not verdict.answered:
+            return verdict
+        return replace(verdict, detail=f"{verdict.detail}; {read_and_expected(answer.text, reference)}")
+
+    def _judged(self, reference: str, answer: Extracted | None) -> Verdict:
+        """Return the verdict on an answer. Its reason does not quote reference and answer."""
         if answer is None:
-            return _no_answer("no tag, box or lead-in, and not an answer alone")
+            return _no_answer("no <answer>, box or lead-in, and the text is not one value")
         if len(answer.text) > MAX_ANSWER_CHARS:
             return _no_answer(f"the answer has more than {MAX_ANSWER_CHARS} characters")
         if not normalise(answer.text):
@@ -92,7 +100,8 @@ class Judge:
             is_name = _is_text(reference_value) or (answer_value.letters and _has_symbols(reference_value))
             is_prose = not is_name or (answer.alone and len(answer_value.text.split()) > _NAME_WORDS)
         if is_prose:
-            return _no_answer(f"{shortened(answer.text)!r} is not an answer alone")
+            where = "no <answer>, box or lead-in, and the text" if answer.alone else "the answer"
+            return _no_answer(f"{where} is not one value: {quoted(answer.text)}")
         return self._valued(reference_value, answer_value, texts)
 
     def _valued(self, reference: Value | str, answer: Value | str, texts: tuple[str, str]) -> Verdict:
@@ -120,7 +129,7 @@ class Judge:
         A reference that is compared as text only has this fault, too, unless it is a text of words.
         """
         for completion in (f"<answer>{reference}</answer>", rf"\boxed{{{reference}}}"):
-            verdict = self.verdict(reference, completion)
+            verdict = self._judged(reference, find_answer(completion))
             if not verdict.reward:
                 return verdict.detail
         if self.strictness == "text":

@@ -85,7 +85,9 @@ def check_plan(question: Question, plan: Sequence[Operation]) -> str:
         if isinstance(following, str):
             return following
         numbers = following
-    return "" if plan and numbers[0] == question.target else f"the last result is not {question.target}"
+    if plan and numbers[0] == question.target:
+        return ""
+    return f"the last result is {numbers[0]}, expected {question.target}" if plan else "no operations"
 
 
 def possible(numbers: Sequence[int], max_result: int) -> list[Operation]:

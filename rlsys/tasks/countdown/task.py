@@ -11,6 +11,7 @@ from rlsys.tasks.countdown import chains
 from rlsys.tasks.countdown.operations import PIECES, Question, check_plan, question_text, read_plan, read_question
 from rlsys.tasks.countdown.steps import CountdownSteps
 from rlsys.tasks.generated import CORRECT, GeneratedTask, wrong
+from rlsys.tasks.reasons import quoted
 from rlsys.types import Problem, Verdict
 
 HELD_OUT_EVERY = 10
@@ -58,7 +59,7 @@ class CountdownTask(GeneratedTask[CountdownConfig, Question]):
     def _judge(self, problem_answer: str, text: str) -> Verdict:
         question, plan = read_question(problem_answer), read_plan(text)
         if plan is None or question is None:
-            return wrong(f"not a list of operations: {text[:40]!r}", answered=False)
+            return wrong(f"not a list of operations: {quoted(text)}", answered=False)
         fault = check_plan(question, plan)
         return wrong(fault) if fault else CORRECT
 

@@ -17,6 +17,7 @@ from rlsys.tasks import tags
 from rlsys.tasks.generated import CORRECT, GeneratedTask, check_ids, wrong
 from rlsys.tasks.letter_count import chains, words
 from rlsys.tasks.letter_count.steps import CountSteps, count_steps
+from rlsys.tasks.reasons import quoted, read_and_expected
 from rlsys.types import Problem, Verdict
 
 HELD_OUT_EVERY = 10
@@ -85,8 +86,9 @@ class LetterCountTask(GeneratedTask[LetterCountConfig, Question]):
 
     def _judge(self, problem_answer: str, text: str) -> Verdict:
         if not re.fullmatch(r"[0-9]{1,9}", text):
-            return wrong(f"not a number: {text[:40]!r}", answered=False)
-        return CORRECT if int(text) == int(problem_answer) else wrong()
+            return wrong(f"not a number: {quoted(text)}", answered=False)
+        right = int(text) == int(problem_answer)
+        return CORRECT if right else wrong(read_and_expected(text, problem_answer))
 
     def _step_rules(self, question: str) -> CountSteps | None:
         return count_steps(question)

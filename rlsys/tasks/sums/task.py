@@ -9,6 +9,7 @@ import re
 from rlsys.config.tasks import SumsConfig
 from rlsys.tasks import calculator, tags
 from rlsys.tasks.generated import CORRECT, GeneratedTask, wrong
+from rlsys.tasks.reasons import quoted, read_and_expected
 from rlsys.tasks.sums import chains
 from rlsys.tasks.sums.steps import SumSteps
 from rlsys.types import Chain, Problem, Verdict
@@ -52,8 +53,9 @@ class SumsTask(GeneratedTask[SumsConfig, tuple[int, ...]]):
 
     def _judge(self, problem_answer: str, text: str) -> Verdict:
         if not re.fullmatch(r"[0-9]{1,12}", text):
-            return wrong(f"not a number: {text[:40]!r}", answered=False)
-        return CORRECT if int(text) == int(problem_answer) else wrong()
+            return wrong(f"not a number: {quoted(text)}", answered=False)
+        right = int(text) == int(problem_answer)
+        return CORRECT if right else wrong(read_and_expected(text, problem_answer))
 
     def _step_rules(self, question: str) -> SumSteps | None:
         """Return the rules for additions in thinking nodes; calls of a calculator have none."""

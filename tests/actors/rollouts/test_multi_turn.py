@@ -228,7 +228,7 @@ def test_a_failure_of_the_environment_is_an_outcome_of_its_episode(
     judges = Judges(lambda turns: WRONG if len(turns) == failing else Reply())
     trajectory = one(Engine(in_turn("a;", "b$")), judges)
     assert (trajectory.outcome, trajectory.reward, trajectory.environment_failed) == ("error", 0.0, True)
-    assert trajectory.detail == "environment: it raised"
+    assert trajectory.detail == "environment: it raised" + ("; the completion ends with 'a;'" if failing else "")
     assert trajectory.turns == failing and not judges.verified
     assert "prompt p: 1 of 1 episodes failed: environment: it raised" in caplog.text
 

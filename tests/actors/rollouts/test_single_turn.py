@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from actors.engine import Completion
-from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge
+from actors.rollouts.single_turn import build_group, completion_requests, items_to_judge, name_failures
 from rlsys.types import FinishReason, Prompt, SamplingSettings, Verdict, VersionSpan
 
 PROMPT = Prompt(prompt_id="train-4@1", token_ids=np.array([7, 8, 9], dtype=np.int32), answer="2")
@@ -75,6 +75,15 @@ def test_a_trajectory_is_the_prompt_and_the_completion(caplog: pytest.LogCapture
     ]
     assert group.prompt is PROMPT
     assert group.oldest_version == 2
+
+
+def test_a_failed_verification_names_the_end_of_its_completion() -> None:
+    right = Verdict(outcome="ok", reward=1.0, answered=True)
+    failed = Verdict(outcome="error", reward=0.0, answered=False, detail="ValueError: no nines")
+    first, second = name_failures([right, failed], ["8", "a" * 90 + "<answer>9</answer>"])
+    assert first is right
+    expected = f"ValueError: no nines; the completion ends with '{'a' * 22}<answer>9</answer>'"
+    assert second.detail == expected
 
 
 def test_every_completion_needs_its_verdict() -> None:

@@ -56,7 +56,7 @@ def test_failures_lose_one_reply_and_nothing_else() -> None:
     details = {name: failure(by_command[name]) for name in commands if isinstance(by_command[name], Verdict)}
     assert details == {
         "hang": ("timeout", "no verdict after rewards.timeout_s = 0.7 s"),
-        "raise": ("error", "ValueError: no such room"),
+        "raise": ("error", "ValueError: no such room (scripted_environment.py:25)"),
         "exit": ("error", "the verifier process ended: exit status 3"),
         "string": ("error", "expected a Reply, found str"),
         "number": ("error", "expected a Reply with a string as text, found int"),

@@ -63,6 +63,6 @@ def test_a_function_that_cannot_be_imported_is_the_reason_of_the_failure(tmp_pat
         finally:
             await pool.close()
 
-    reason = "^rewards.functions.0.fn 'mine.py:brevity': cannot import mine.py: FileNotFound"
+    reason = "^rewards.functions.0.fn 'mine.py:brevity': cannot import mine.py: no such file "
     with pytest.raises(ConfigError, match=reason):
         asyncio.run(run())

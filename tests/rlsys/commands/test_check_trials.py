@@ -79,7 +79,10 @@ def test_without_such_demonstrations_the_turn_is_its_stop_string(
     (tmp_path / "mine.py").write_text(CODE)
     [line] = shown({"type": "letter_count"}, fn="mine.py:echo", stop=["</ask>"])
     assert line == "reply of the environment to the turn '2</ask>' of problem held_out-0: 'count a in abc 2</ask>'"
-    with pytest.raises(ConfigError, match=r"mine.py:fragile' failed on no turn: IndexError: tuple index out of range"):
+    with pytest.raises(
+        ConfigError,
+        match=r"mine.py:fragile' failed before the first turn: IndexError: tuple index out of range \(mine.py:\d+\)",
+    ):
         shown({"type": "letter_count"}, fn="mine.py:fragile", stop=["</ask>"])
 
 
@@ -107,4 +110,4 @@ def test_an_environment_that_answers_the_same_turns_differently_is_warned_of(
     (tmp_path / "mine.py").write_text(CODE)
     _, warning = shown({"type": "letter_count"}, fn="mine.py:counts", stop=["</ask>"])
     assert warning.startswith(f"{WARNING}environment.fn 'mine.py:counts': expected the same reply whenever it is asked")
-    assert re.search(r"found '\d', reward 1 and then '\d', reward 1 to the turn '2</ask>'", warning)
+    assert re.search(r"found '\d', reward 1 and then '\d', reward 1 on the turn '2</ask>'", warning)

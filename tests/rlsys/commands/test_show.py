@@ -46,7 +46,7 @@ def test_a_tree_shows_what_its_nodes_are_worth(tmp_path: Path, terminal: bool) -
     first = next(number for number, line in enumerate(lines) if "thinking, value" in line)
     assert "* thinking, value 0.33 of 3, surprise 0.50" in lines[first]  # the wrong answer was drawn twice
     assert lines[first + 1].endswith("<thinking>2 + 2")
-    assert any("* answer, value 1.00 of 1" in line and line.endswith("ok, reward 1") for line in lines)
+    assert any("* answer, value 1.00 of 1" in line and line.endswith("right, reward 1") for line in lines)
     assert any("drawn 2 times" in line and "wrong, reward 0" in line and "*" not in line for line in lines)
     assert any("estimate 0.25, surprise 0.50, 8 tokens, after a wrong answer, truncated" in line for line in lines)
     assert any(line.endswith("[bold]hm") for line in lines), "texts are no markup"

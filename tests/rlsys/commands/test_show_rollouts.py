@@ -53,6 +53,33 @@ def test_the_best_and_worst_of_a_step(run_dir: Path, pick: str, expected: list[s
     assert rewards(shown(run_dir, step=1, pick=pick)) == expected
 
 
+def test_the_wrong_ones_of_all_steps(run_dir: Path) -> None:
+    lines = shown(run_dir, pick="wrong")
+    assert lines[0] == "rollouts that are not right: 2 of the 12 kept completions"
+    assert [line for line in lines if line.startswith("== ")] == [
+        "== p0, reference p0, step 1",
+        "== p1, reference p1, step 1",
+    ]
+    assert rewards(lines) == ["0", "0"]
+    assert shown(run_dir, pick="wrong", prompt="p1")[0] == "rollouts that are not right: 1 of the 6 kept completions"
+    assert shown(run_dir, pick="wrong", step=2) == [
+        "rollouts of step 2 that are not right: 0 of the 6 kept completions"
+    ]
+    with pytest.raises(ConfigError, match="--step: no rollouts of step 9 are kept"):
+        shown(run_dir, pick="wrong", step=9)
+
+
+def test_the_newest_wrong_ones_are_shown(tmp_path: Path) -> None:
+    log = RolloutLog(tmp_path, -1, 2, lambda ids: "text")
+    for version in range(1, 8):
+        groups = [fakes.group(fakes.prompt("p"), rewards=(0.0, 0.0, 1.0))]
+        log.write(version, step_record(log, groups, version, version))
+    log.close()
+    lines = shown(tmp_path, pick="wrong")
+    assert lines[0] == "rollouts that are not right: 14 of the 21 kept completions, the newest 10"
+    assert [line.split()[-1] for line in lines if line.startswith("== ")] == ["7", "6", "5", "4", "3"]
+
+
 def test_random_ones_are_of_the_step(run_dir: Path) -> None:
     assert set(rewards(shown(run_dir, pick="random"))) <= {"0.25", "0.75", "0.5"}
 
@@ -60,7 +87,7 @@ def test_random_ones_are_of_the_step(run_dir: Path) -> None:
 def test_a_step_that_is_not_kept_and_a_wrong_word_are_named(run_dir: Path) -> None:
     with pytest.raises(ConfigError, match="--step: no rollouts of step 9 are kept; the nearest step with some is 2"):
         shown(run_dir, step=9)
-    with pytest.raises(ConfigError, match="--pick: expected one of best, worst, random, found 'good'"):
+    with pytest.raises(ConfigError, match="--pick: expected one of best, worst, random, wrong, found 'good'"):
         shown(run_dir, pick="good")
     with pytest.raises(ConfigError, match=r"it has no rollouts; a run keeps those of run\.kept_prompts"):
         shown(run_dir / "rollouts", step=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -11,6 +12,7 @@ from rich.console import Console
 
 from rlsys.commands.status import run
 from rlsys.config.files import dump_config
+from rlsys.errors import EngineError
 from rlsys.run.journal import Journal
 from rlsys.run.lock import RunLock
 from rlsys.run.metrics import MetricsWriter
@@ -63,6 +65,18 @@ def test_a_damaged_file_is_one_line_beside_the_rest(tmp_path: Path) -> None:
     assert (
         "state interrupted: steps are missing" in text and "damaged /" in text and "failures actor restarts: 1" in text
     )
+
+
+def test_a_failed_run_does_not_say_that_it_has_no_failures(tmp_path: Path) -> None:
+    write(tmp_path)
+    writer = MetricsWriter(tmp_path, 11)
+    writer.log("online", 2, 12, {**STEP, "process/actor_restarts": 0.0})
+    writer.close()
+    with contextlib.suppress(EngineError), RunLock(tmp_path), Journal(tmp_path):
+        raise EngineError("75 of 128 verifications failed")
+    text = " ".join(shown(tmp_path).split())
+    assert "state failed: EngineError: 75 of 128 verifications failed" in text
+    assert "failures none in the recorded steps; state says what ended the run" in text
 
 
 def test_json_has_the_same(tmp_path: Path) -> None:

@@ -235,9 +235,9 @@ RIGHT = "unstack a b\nput-down a\npick-up b\nstack b a"
         (f"<answer>{RIGHT} c</answer>", "wrong", False, "move 4 (stack b a c): stack names 2 blocks, found 3"),
         (RIGHT, "wrong", False, "no final <answer>"),
         ("", "wrong", False, "no final <answer>"),
-        (f"<answer>{RIGHT}", "wrong", False, "no final <answer>"),
-        (f"<answer>{RIGHT}</answer> or so", "wrong", False, "no final <answer>"),
-        (f"<answer>pick-up c</answer><answer>{RIGHT}</answer>", "wrong", False, "no final <answer>"),
+        (f"<answer>{RIGHT}", "wrong", False, "no final <answer>: it is not closed"),
+        (f"<answer>{RIGHT}</answer> or so", "wrong", False, "no final <answer>: text follows it"),
+        (f"<answer>c</answer><answer>{RIGHT}</answer>", "wrong", False, "no final <answer>: more than one <answer>"),
     ],
 )
 def test_verify(completion: str, outcome: str, answered: bool, detail: str) -> None:

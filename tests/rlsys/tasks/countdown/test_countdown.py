@@ -111,7 +111,7 @@ def test_the_weak_policy_is_seldom_right() -> None:
         ("5+21=26", 0.0, True, "21 is not left among 7 3 2"),
         (" 3*7=21 , 5+21=26 ", 1.0, True, ""),
         ("7-2=5,5*5=25,3/3=1", 0.0, True, "3 is not left among 25"),
-        ("7-2=5,5*5=25", 0.0, True, "the last result is not 26"),
+        ("7-2=5,5*5=25", 0.0, True, "the last result is 25, expected 26"),
         ("7*3=26", 0.0, True, "7*3=26 is 21"),
         ("7/2=3", 0.0, True, "7/2=3 is no whole number"),
         ("3-7=4", 0.0, True, "3-7=4 is no whole number"),
