@@ -8,46 +8,21 @@ from statistics import fmean
 from typing import Any
 
 import pytest
+from failing_game import TASK, game_section
 from real_runs import TINY, digests, steady_rows, wait_for_row, write_config
 
 from rlsys.run.metrics import read_rows
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1200)]
 
-# A game whose every twentieth position raises, so that failed episodes are a part of the run.
-GAME = """
-from rlsys.environments import Game, Reply
-from rlsys.tasks.guess import reply
-
-
-class Guess(Game):
-    def __init__(self, problem, bonus):
-        super().__init__(problem)
-        self.turns, self.bonus = [], bonus
-
-    def step(self, turn):
-        self.turns.append(turn)
-        position = len("".join(self.turns)) + int(self.problem.answer)
-        if position % 20 == 0:
-            raise RuntimeError(f"position {position}")
-        hint = reply(self.problem, self.turns)
-        return Reply(text=hint.text, done=hint.done, solved=hint.done and "right" in hint.text, reward=self.bonus)
-"""
 STEPS, INTERVAL = 6, 2
 
 
 def config(folder: Path) -> dict[str, Any]:
-    (folder / "game.py").write_text(GAME)
-    environment = {
-        "fn": f"{folder / 'game.py'}:Guess",
-        "arguments": {"bonus": -0.1},
-        "stop": ["</guess>"],
-        "max_turns": 6,
-    }
     return {
         **TINY,
-        "task": {"type": "guess", "digits": 1, "min_width": 4, "max_width": 8},
-        "environment": environment,
+        "task": TASK,
+        "environment": game_section(folder, 6),
         "train": {**TINY["train"], "max_steps": STEPS, "max_verifier_failures": 0.5},
         "checkpoint": {"interval": INTERVAL},
     }
@@ -93,7 +68,7 @@ def test_rewards_rise_in_the_environments_that_ship(
 def test_replies_may_be_messages_of_the_chat_template(start: Any, tmp_path: Path) -> None:
     values = {
         **TINY,
-        "task": {"type": "guess", "digits": 1, "min_width": 4, "max_width": 8},
+        "task": TASK,
         "environment": {"role": "user", "max_turns": 6},
         "train": {**TINY["train"], "max_steps": 2},
         "evaluation": {"prompts": 8, "samples": 1},

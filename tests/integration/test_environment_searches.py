@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from failing_game import TASK, game_section
 from real_runs import SHARD, TINY, Command, digests, steady_rows, wait_for_row, write_config
 from real_searches import count_finished, tree_files, wait_until
 
@@ -24,47 +25,17 @@ from rlsys.trees import ENVIRONMENT, Tree
 
 pytestmark = [pytest.mark.integration, pytest.mark.long, pytest.mark.timeout(1200)]
 
-# A game whose every twentieth position raises, so that failed turns are a part of the trees.
-GAME = """
-from rlsys.environments import Game, Reply
-from rlsys.tasks.guess import reply
-
-
-class Guess(Game):
-    def __init__(self, problem, bonus):
-        super().__init__(problem)
-        self.turns, self.bonus = [], bonus
-
-    def step(self, turn):
-        self.turns.append(turn)
-        position = len("".join(self.turns)) + int(self.problem.answer)
-        if position % 20 == 0:
-            raise RuntimeError(f"position {position}")
-        hint = reply(self.problem, self.turns)
-        return Reply(text=hint.text, done=hint.done, solved=hint.done and "right" in hint.text, reward=self.bonus)
-"""
 STEPS, INTERVAL, STAGE_STEPS, TREE_COUNT = 4, 2, 2, 15
 MAX_TURNS = 4
-TASK = {"type": "guess", "digits": 1, "min_width": 4, "max_width": 8}
 STEADY = {"learning_rate": 1e-3, "warmup_updates": 0}
 
 
-def section(folder: Path) -> dict[str, Any]:
-    return {
-        "fn": f"{folder / 'game.py'}:Guess",
-        "arguments": {"bonus": -0.1},
-        "stop": ["</guess>"],
-        "max_turns": MAX_TURNS,
-    }
-
-
 def config(folder: Path) -> dict[str, Any]:
-    (folder / "game.py").write_text(GAME)
     return {
         **TINY,
         "stages": ["warm_start", "search", "sft", "preference", "online"],
         "task": TASK,
-        "environment": section(folder),
+        "environment": game_section(folder, MAX_TURNS),
         "search": {
             "nodes": {"guess": {"tag": "guess"}},
             # Only a reply ends a chain.
@@ -125,7 +96,7 @@ def test_killed_runs_with_searched_turns_end_with_the_same_bytes(start: Callable
     assert len(trees) == TREE_COUNT
     task, environment = (
         build_task(GuessConfig(**TASK), 3),
-        build_environment(EnvironmentConfig(**section(tmp_path)), ""),
+        build_environment(EnvironmentConfig(**game_section(tmp_path, MAX_TURNS)), ""),
     )
     for tree in trees:
         for node in tree.nodes:
