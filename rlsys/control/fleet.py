@@ -167,11 +167,11 @@ class Fleet:
     async def engine_stats(self) -> list[EngineStats]:
         """Return the work of every engine since the last call of this method or of `reset_engine_stats`.
 
-        Engines of actors that are not serving are left out.
+        Engines of actors that start or are lost are left out.
         """
-        serving = [slot for slot in self._supervisor.actors if slot.state is ActorState.SERVING]
-        slots = [*serving, *self._supervisor.auxiliary]
-        roles = [self._role] * len(serving) + self._auxiliary_roles
+        actors = [slot for slot in self._supervisor.actors if slot.up]
+        slots = [*actors, *self._supervisor.auxiliary]
+        roles = [self._role] * len(actors) + self._auxiliary_roles
         measured = zip(roles, slots, await asyncio.gather(*map(self._engine_stats, slots)), strict=True)
         return [replace(stats, model=role, engine=slot.number) for role, slot, stats in measured if stats]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fakes import prompt
-from fleet_world import SERVING, SETTINGS, Process, ScriptedPublication, World, run, settle
+from fleet_world import SERVING, SETTINGS, STALE, Process, ScriptedPublication, World, run, settle
 
 from rlsys.errors import (
     AuxiliaryEngineLostError,
@@ -40,6 +40,23 @@ def test_engine_stats_name_the_engine_and_leave_out_lost_actors() -> None:
             await settle()
             assert [u.generated_tokens for u in await fleet.engine_stats()] == [10, 1, 7]
         assert reviewer.closed
+
+    run(test)
+
+
+def test_engine_stats_have_the_actors_whose_weights_are_being_replaced() -> None:
+    async def test(world: World) -> None:
+        async with world.fleet() as fleet:
+            await world.publish(fleet, 1)
+            world.processes[0].gate.clear()
+            publish = asyncio.create_task(world.publish(fleet, 2))
+            await settle()
+            assert fleet.states() == [STALE, SERVING]
+            figures = asyncio.create_task(fleet.engine_stats())
+            await settle()
+            world.processes[0].gate.set()
+            assert [u.engine for u in await figures] == [0, 1]
+            await publish
 
     run(test)
 
