@@ -194,10 +194,12 @@ def test_everything_listens_on_loopback(finished_run: FinishedRun) -> None:
 
 
 def test_an_actor_has_no_child_but_its_verifiers(finished_run: FinishedRun) -> None:
-    # A process seen once may be a fork that has not become its own program yet, or a look at the hardware.
+    # A process seen once may be a fork that has not become its own program yet, or a look at the hardware. vLLM looks
+    # at a class of models in a process of its own, which takes long on a machine that has never done so.
     lasting = [lines[-1] for lines in finished_run.command.seen.actor_children.values() if len(lines) > 2]
-    assert lasting
-    assert [line for line in lasting if "verifiers.worker" not in line] == []
+    expected = ("verifiers.worker", "vllm.model_executor.models.registry")
+    assert any(expected[0] in line for line in lasting)
+    assert [line for line in lasting if not any(name in line for name in expected)] == []
 
 
 def test_nothing_is_left_after_the_end(finished_run: FinishedRun) -> None:

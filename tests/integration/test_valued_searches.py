@@ -40,13 +40,6 @@ def valued_config(kind: str, policy: Path) -> dict[str, Any]:
     return fields
 
 
-def test_a_search_with_the_values_of_steps(finished_run: FinishedRun, tmp_path: Path) -> None:
-    fields = valued_config("steps", finished_run.dir / "stages" / "warm_start")
-    with commands() as start:
-        start("search", write_config(tmp_path, fields)).finish()
-    check("steps", trees_of(tmp_path / "run"))
-
-
 @pytest.mark.long
 @pytest.mark.parametrize("kind", VALUES)
 def test_a_killed_search_goes_on_to_the_same_bytes(kind: str, finished_run: FinishedRun, tmp_path: Path) -> None:

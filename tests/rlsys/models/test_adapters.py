@@ -101,6 +101,7 @@ def test_a_model_that_vllm_serves_without_adapters_is_refused(tmp_path: Path) ->
             adapter_spec(empty_model(tmp_path / kind), LoraConfig(), tmp_path / kind)
 
 
+@pytest.mark.long
 def test_the_list_of_models_without_adapters_is_that_of_vllm() -> None:
     program = """
 import json, sys

@@ -15,6 +15,7 @@ DATA = Path(os.environ.get("RLSYS_DATA", ""))
 SETS = {"math500.jsonl": 500, "aime24.jsonl": 30, "gsm8k_test.jsonl": 1319}
 FORMS = ("<answer>%s</answer>", "<answer>%s</answer>.", r"So it is \boxed{%s}.", "$%s$", "%s", "The answer is %s.")
 JUDGE = Judge()
+PARTS = 4  # of the pairs of references; all but the first only in the long tests
 
 pytestmark = pytest.mark.heavy
 
@@ -63,11 +64,12 @@ def test_perturbed_references_are_wrong(name):
     assert accepted == []
 
 
-def test_references_of_other_problems_are_wrong():
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.long) for part in range(1, PARTS))])
+def test_references_of_other_problems_are_wrong(part: int) -> None:
     texts = list(dict.fromkeys(references("math500.jsonl")))
     accepted = {
         (one, other)
-        for one in texts
+        for one in texts[part::PARTS]
         for other in texts
         if one != other and JUDGE.verdict(one, f"<answer>{other}</answer>").reward
     }
@@ -82,7 +84,8 @@ def test_references_of_other_problems_are_wrong():
         ]
         for pair in ((one, other), (other, one))
     }  # fmt: skip
-    assert accepted - different_notations == {("40_9", "40")}  # an answer without a base has that of the reference
+    assert accepted - different_notations <= {("40_9", "40")}  # an answer without a base has that of the reference
+    assert accepted & different_notations
 
 
 def test_pairs_made_after_public_reports():
