@@ -46,7 +46,10 @@ In the other cases the search does not continue below the node:
 """
 
 ENDINGS: frozenset[Defect] = frozenset({"truncated", "unclosed", "malformed", "unanswered", "wrong_step"})
-"""Defects with which a chain has failed, with reward 0 without an environment. The others are limits of the search."""
+"""Defects with which a chain has failed. The others are limits of the search."""
+
+ENDED_BY_VALUE: frozenset[Defect] = frozenset({"wrong_step", "pruned"})
+"""Defects of whole nodes whose value has ended the chain. What their completions held after them was dropped."""
 
 TEXT = "text"
 """Type of a piece of a chain that does not begin with the tag of a known node."""
@@ -86,9 +89,9 @@ class ThoughtNode:
         estimate: Value that `search.value` gave the node when it was new; None without one.
         visits: Number of chains that ended at or below the node, including repeated draws. These are the scored
             answers and the chains that the proposing model ended without an answer.
-        total: Sum of the rewards of these chains. Chains that failed have reward 0 without an environment.
-        verdict: Verdict on the chain that ends here; None unless it is judged. Without an environment only a whole,
-            terminal node is. Beside one, a chain that failed without an answer is judged as the episode that it is.
+        total: Sum of the rewards of these chains.
+        verdict: Verdict on the chain that ends here; None unless it is judged. A chain that failed without an answer is
+            judged as the completion or the episode that it is. If that would go on, the chain has reward 0.
         scored: Place of this answer among the scored answers of the tree (outcome ok or wrong), from 0; otherwise -1.
         scored_tokens: Total of tokens that the tree had generated when the answer was scored.
     """
@@ -125,7 +128,8 @@ class ThoughtNode:
 
     @property
     def correct(self) -> bool:
-        return self.verdict is not None and self.verdict.correct
+        """True if the node is a scored answer that is right."""
+        return self.scored >= 0 and self.verdict is not None and self.verdict.correct
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

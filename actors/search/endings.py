@@ -1,20 +1,22 @@
 """Ends of the chains of one tree: what is asked about them, and the rewards that they back up.
 
-An answer is judged once. A chain that the proposing model ended without an answer has reward 0; beside an environment
-it is judged as the episode that it is, but it is no scored answer.
+An answer is judged once. A chain that the proposing model ended without an answer is judged as the completion or the
+episode that it is, but it is no scored answer. If such a completion would go on, the chain has reward 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Literal
 
 from actors.search.backtracking import Backtracking
 from actors.search.jobs import Job
 from actors.search.requesting import Requesting
+from actors.search.requests import SearchModel, proposing_role
 from actors.search.simulations import Simulation, Simulations
 from actors.search.stopping import StopRule, is_correct, thinking_of
 from actors.search.tree import GrowingTree, Node
-from actors.search.turns import Turns
+from actors.search.turns import Turns, has_end_token, is_cut_off
 from rlsys.trees import ENDINGS, Role
 from rlsys.types import Verdict
 
@@ -24,7 +26,7 @@ class Endings:
 
     Args:
         backtracking: Gets the wrong answers.
-        proposer: Role that proposes the nodes.
+        models: Models by role.
         turns: None without an environment.
     """
 
@@ -35,11 +37,13 @@ class Endings:
         simulations: Simulations,
         stop: StopRule,
         backtracking: Backtracking,
-        proposer: Role,
+        models: Mapping[Role, SearchModel],
         turns: Turns | None,
     ) -> None:
         self._tree, self._jobs, self._simulations, self._stop = tree, jobs, simulations, stop
-        self._backtracking, self._proposer, self._turns = backtracking, proposer, turns
+        self._backtracking, self._turns = backtracking, turns
+        self._proposer = proposing_role(models)
+        self._model = models[self._proposer]
 
     def judge(self, node: Node, simulation: Simulation) -> None:
         """Back up the verdict of a whole chain, or request the verdict if there is none yet.
@@ -58,18 +62,31 @@ class Endings:
         return node.defect in ENDINGS and node.writer == self._proposer
 
     def fail(self, node: Node, simulation: Simulation | None) -> None:
-        """Back up the reward of a chain that has failed at a node, or request first what an episode would.
+        """Back up the reward of a chain that has failed at a node, or request first what a completion would.
 
         Args:
             simulation: The one that ends there; None if no simulation has entered the node.
         """
-        if self._turns and (kind := self._turns.open_request(node)):
+        if kind := self._open_request(node):
             self._jobs.ask(kind, node, simulation)
         elif node.verdict is None or node.verdict.outcome in ("ok", "wrong"):
-            reward = self._turns.unanswered_reward(node) if self._turns else 0.0
-            self._simulations.fail(node, simulation, reward)
+            self._simulations.fail(node, simulation, self._reward(node))
         elif simulation is not None:
             self._simulations.leave(simulation)
+
+    def _open_request(self, node: Node) -> Literal["reply", "verdict"] | None:
+        """Return what a completion or an episode with the tokens of a failed chain would request next."""
+        if node.verdict is not None:
+            return None
+        if self._turns:
+            return self._turns.open_request(node)
+        return "verdict" if is_cut_off(node) or has_end_token(node, self._model) else None
+
+    def _reward(self, node: Node) -> float:
+        """Return the reward of a chain that failed at a node."""
+        if self._turns:
+            return self._turns.unanswered_reward(node)
+        return node.verdict.reward if node.verdict else 0.0
 
     def fail_children(self, children: Iterable[Node]) -> None:
         """End the chains that have failed at new children, which no simulation has entered."""

@@ -9,7 +9,7 @@ from rlsys.config.search import ExtractConfig
 from rlsys.search.extract import Codec, preference_pairs, step_preferences
 from rlsys.search.paths import path_tokens
 from rlsys.search.supervised import supervised_rows
-from rlsys.trees import ENDINGS, ENVIRONMENT, ThoughtNode, Tree
+from rlsys.trees import ENDED_BY_VALUE, ENDINGS, ENVIRONMENT, ThoughtNode, Tree
 from rlsys.types import FinishReason, Prompt, RolloutFailure, Step, Trajectory, TrajectoryGroup, Verdict
 
 log = logging.getLogger(__name__)
@@ -21,9 +21,9 @@ def build_searched_group(
     """Return the trajectories, preference pairs and demonstrations of a tree.
 
     There is one trajectory for every scored answer and for every chain that the policy itself ended without an answer.
-    The latter have reward 0, so that training sees chains that never reach an answer; beside an environment they have
-    the verdict on their episode. Trajectories have the order of their last nodes in the tree. If the policy chose no
-    token of any trajectory, as in a tree that another model proposed, the group has pairs and demonstrations only.
+    The latter have the verdict on their completion or episode, or reward 0 if the search has ended them. Trajectories
+    have the order of their last nodes in the tree. If the policy chose no token of any trajectory, as in a tree that
+    another model proposed, the group has pairs and demonstrations only.
 
     Args:
         codec: Codec of the policy.
@@ -106,7 +106,8 @@ def _trajectory(tree: Tree, number: int, verdict: Verdict, codec: Codec) -> Traj
 
 def _finish_reason(node: ThoughtNode) -> FinishReason:
     """Return why a chain ended. For a whole node it is "stop" or "turns", even if its call went on."""
-    return (node.finish_reason or "stop") if node.defect or node.finish_reason == "turns" else "stop"
+    is_whole = node.defect in (None, *ENDED_BY_VALUE)
+    return (node.finish_reason or "stop") if not is_whole or node.finish_reason == "turns" else "stop"
 
 
 def _step(number: int, start: int, stop: int, node: ThoughtNode) -> Step:

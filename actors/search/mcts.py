@@ -25,7 +25,7 @@ from actors.search.jobs import Answer, Job, JobQueue
 from actors.search.places import ChainPlaces, chain_places, growing_tree
 from actors.search.reading import CompletionReader
 from actors.search.requesting import Requesting
-from actors.search.requests import Request, SearchModel, Values, proposing_role
+from actors.search.requests import Request, SearchModel, Values
 from actors.search.selection import choose
 from actors.search.simulations import Simulation, Simulations
 from actors.search.snapshot import finished_tree
@@ -85,9 +85,8 @@ class TreeSearch:
         reader = CompletionReader(self._tree, config, models)
         values = valuation(self._tree, self._expander, config.value)
         self._growth = Growth(self._tree, reader, self._places, values)
-        proposer = proposing_role(models)
         self._endings = Endings(
-            self._tree, self._jobs, self._simulations, self._stop, self._backtracking, proposer, self._turns
+            self._tree, self._jobs, self._simulations, self._stop, self._backtracking, models, self._turns
         )
         self._frontier = frontier(self._tree, config.selection, self._rng)
         self._expansions: dict[Node, Job] = {}

@@ -16,7 +16,7 @@ from actors.search.requests import SearchModel
 from actors.search.tree import GrowingTree, NewNode, Node
 from rlsys.config.environment import EnvironmentConfig
 from rlsys.interfaces import Reply
-from rlsys.trees import ENVIRONMENT
+from rlsys.trees import ENDED_BY_VALUE, ENVIRONMENT
 from rlsys.types import Verdict
 
 
@@ -46,7 +46,12 @@ def turn_texts(node: Node) -> tuple[str, ...]:
 
 def is_cut_off(node: Node) -> bool:
     """Return whether a bound of tokens has cut the chain off that ends at a node."""
-    return node.defect is not None and node.finish_reason == "length"
+    return node.defect not in (None, *ENDED_BY_VALUE) and node.finish_reason == "length"
+
+
+def has_end_token(node: Node, model: SearchModel) -> bool:
+    """Return whether a failed chain ends with an end token, after which its completion has no further token."""
+    return node.defect is not None and node.token_ids[-1] in model.codec.end_token_ids
 
 
 class Turns:
@@ -74,7 +79,7 @@ class Turns:
             return None
         node.reply = reply
         node.terminal = reply.done or (node.terminal and not node.defect)
-        new = None if node.terminal or self._has_end_token(node) else self._next(node, reply)
+        new = None if node.terminal or has_end_token(node, self._model) else self._next(node, reply)
         return None if new is None or node.defect else self._tree.add(node, new)
 
     def _next(self, node: Node, reply: Reply) -> NewNode | None:
@@ -108,15 +113,13 @@ class Turns:
         A turn that has ended gets its reply. The chain is judged if the episode is over then, or was cut off. Where an
         episode would go on, the search has ended the chain, and nothing is requested.
         """
-        if node.verdict is not None:
-            return None
         if is_cut_off(node):
             return "verdict"
-        has_end_token = self._has_end_token(node)
+        has_ended = has_end_token(node, self._model)
         if node.reply is not None:
-            return "verdict" if node.terminal or has_end_token else None
+            return "verdict" if node.terminal or has_ended else None
         has_stop = any(node.text.rstrip().endswith(stop) for stop in self._environment.config.stop)
-        return "reply" if has_stop or has_end_token else None
+        return "reply" if has_stop or has_ended else None
 
     def rewarded(self, node: Node, verdict: Verdict) -> Verdict:
         """Return the verdict of the task on a chain with the rewards of its replies, as for an episode."""
@@ -134,10 +137,6 @@ class Turns:
         if verdict != failed:
             node.verdict = verdict
         return verdict.reward
-
-    def _has_end_token(self, node: Node) -> bool:
-        """Return whether a failed chain ends with an end token, after which an episode has no further turn."""
-        return node.defect is not None and node.token_ids[-1] in self._model.codec.end_token_ids
 
     def _room(self, node: Node, reply: Sequence[int]) -> int:
         """Return the number of tokens that the policy may still choose after a reply."""

@@ -279,8 +279,8 @@ def token_origins(tree: Tree, number: int, codec: Codec) -> dict[str, int]:
 
 
 def is_wrong(node: ThoughtNode) -> bool:
-    """Return whether a node ends a chain that the verifier judged as incorrect."""
-    return node.verdict is not None and node.verdict.outcome in ("ok", "wrong") and not node.correct
+    """Return whether a node is a scored answer that is wrong."""
+    return node.scored >= 0 and not node.correct
 
 
 def _chains(tree: Tree, codec: Codec, accepts: Callable[[ThoughtNode], bool]) -> list[Chain]:

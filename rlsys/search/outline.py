@@ -51,7 +51,7 @@ def verdict_text(node: ThoughtNode) -> str:
     """Return the verdict on the chain that ends at a node; "" without one."""
     if node.verdict is None:
         return ""
-    return f"{'right' if node.correct else node.verdict.outcome}, reward {node.verdict.reward:g}"
+    return f"{'right' if node.verdict.correct else node.verdict.outcome}, reward {node.verdict.reward:g}"
 
 
 def right_nodes(tree: Tree) -> set[int]:

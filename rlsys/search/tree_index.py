@@ -20,7 +20,8 @@ _BUFFER = 1 << 18  # bytes; lines of trees are much longer than the buffer that 
 # A quote inside a text is escaped, so no text holds these bytes.
 _NODES = b'"nodes":['
 _OK = re.compile(
-    rb'"outcome":"ok","reward":([-+.0-9eE]+),"answered":(?:true|false),"detail":"(?:[^"\\]|\\.)*"(,"parts":\{")?'
+    rb'"outcome":"ok","reward":([-+.0-9eE]+),"answered":(?:true|false),"detail":"(?:[^"\\]|\\.)*"'
+    rb'(,"parts":\{(?:"(?:[^"\\]|\\.)*"|[^}"])*\})?\},"scored":\d'
 )
 
 
@@ -138,7 +139,7 @@ def _place(path: Path, search: int, start: int, line: bytes) -> Place:
         start=start,
         length=len(line),
         prompt_id=json.loads(match[1].decode("utf-8", "replace")) if match else "?",
-        right=any(float(match[1]) > 0 or match[2] for match in _OK.finditer(line)),  # as `Verdict.correct`
+        right=any(float(match[1]) > 0 or match[2] for match in _OK.finditer(line)),  # as `ThoughtNode.correct`
         failed=_NODES not in line,
     )
 

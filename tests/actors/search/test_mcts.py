@@ -169,6 +169,10 @@ def is_terminal(node: ThoughtNode, pattern: Pattern) -> bool:
     return node.type in pattern.types and pattern.types[node.type].terminal
 
 
+def has_failed(tree: Tree, node: ThoughtNode) -> bool:
+    return node.defect in ENDINGS and node.writer == tree.proposer
+
+
 def check_counts(tree: Tree) -> None:
     """Check that visits and rewards add up: those of an inner node are the sums over its children."""
     for number, node in enumerate(tree.nodes):
@@ -178,14 +182,15 @@ def check_counts(tree: Tree) -> None:
             assert abs(node.total - sum(child.total for child in below)) < 1e-9
         elif node.verdict is not None and node.scored >= 0:
             assert node.visits >= 1 and abs(node.total - node.visits * node.verdict.reward) < 1e-9
-        elif node.defect in ENDINGS and node.writer == tree.proposer:
-            assert (node.visits, node.total) == (node.samples, 0.0)
+        elif has_failed(tree, node) and (node.verdict is None or node.verdict.outcome in ("ok", "wrong")):
+            reward = node.verdict.reward if node.verdict else 0.0
+            assert node.visits == node.samples and abs(node.total - node.visits * reward) < 1e-9
         else:
             assert node.visits == 0 and node.total == 0
         assert node.value is None or 0 <= node.value <= 1
     scored = [tree.nodes[n] for n in tree.answers()]
     assert [node.scored for node in scored] == list(range(len(scored)))
-    ended = [node for node in tree.nodes if node.defect in ENDINGS and node.writer == tree.proposer]
+    ended = [node for node in tree.nodes if has_failed(tree, node)]
     assert tree.nodes[0].visits == sum(node.visits for node in [*scored, *ended])
     tokens = [node.scored_tokens for node in scored]
     assert tokens == sorted(tokens) and all(0 < count <= tree.tokens for count in tokens)
@@ -212,18 +217,19 @@ def check_bounds(tree: Tree, pattern: Pattern, config: SearchConfig) -> None:
 
 
 def check_verdicts(grown: Grown, world: World) -> None:
-    """Check that each answer is judged at most once, with its whole chain, and in an exhausted tree exactly once."""
+    """Check that each chain is judged at most once, as a whole, and each answer of an exhausted tree exactly once."""
     tree = grown.tree
     judged = [n for n, node in enumerate(tree.nodes) if node.verdict is not None]
     assert Counter(grown.judged) == Counter(tree.completion(n) for n in judged)
     for number in judged:
         node = tree.nodes[number]
-        assert node.defect is None and is_terminal(node, world.pattern)
-        assert node.verdict == world.judge(tree.completion(number))
-        assert (node.scored >= 0) == (node.verdict.outcome in ("ok", "wrong"))
+        failed = has_failed(tree, node)
+        assert failed or (node.defect is None and is_terminal(node, world.pattern))
+        assert node.verdict == world.judge(tree.completion(number), not failed or node.finish_reason != "length")
+        assert (node.scored >= 0) == (not failed and node.verdict.outcome in ("ok", "wrong"))
     if tree.stop == "exhausted":
         whole = [n for n, node in enumerate(tree.nodes) if node.defect is None and is_terminal(node, world.pattern)]
-        assert whole == judged
+        assert whole == [n for n in judged if tree.nodes[n].defect is None]
 
 
 def check_values(grown: Grown, config: SearchConfig) -> None:
@@ -246,6 +252,7 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
     assert grown.most_running <= config.parallel_simulations
     tokens = scored = 0
     right: set[str] = set()
+    failed = {tree.completion(n) for n, node in enumerate(tree.nodes) if node.verdict and node.defect}
     judged = {event.number: event.completion for event in grown.events if isinstance(event, Judge)}
     reached: set[str] = set()
     for event in grown.events:
@@ -255,6 +262,8 @@ def check_stop(grown: Grown, config: SearchConfig) -> None:
             number, answer, finished = event
             if any(len(right) >= rule.count and finished >= rule.after for rule in stop.correct):
                 reached.add("correct")
+            if isinstance(answer, Verdict) and judged[number] in failed:
+                continue
             if isinstance(answer, Verdict):
                 scored += answer.outcome in ("ok", "wrong")
                 if answer.outcome == "ok" and answer.reward > 0:

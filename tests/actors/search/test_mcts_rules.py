@@ -21,6 +21,7 @@ from search_world import (
 )
 from tree_samples import children_of
 
+from actors.search.requests import Judge
 from rlsys.config.search import CorrectRule
 from rlsys.search.tree_json import parse_line, tree_line
 from rlsys.types import VersionSpan
@@ -107,24 +108,25 @@ def test_a_chain_without_an_answer_has_reward_0_and_its_branch_loses() -> None:
     assert tree.nodes[0].visits == 8 + len(tree.answers()) and len(tree.answers()) == 8
 
 
-def test_a_chain_that_is_truncated_in_an_answer_is_not_judged() -> None:
+def test_a_chain_that_is_truncated_in_an_answer_is_judged_as_cut_off() -> None:
     """There is room for 7 tokens: 3 for the thought, 1 for the answer's tag and 3 for letters."""
     world = scripted({**ONE_THOUGHT, "thinking": {"answer": 1}}, {"": [f"{THINK}<answer>1111</answer>"]})
     grown = grow(world, search_config(expansion="chain", stop={"simulations": 1}), max_chain_tokens=7)
     last = grown.tree.nodes[-1]
-    assert (last.text, last.defect, last.verdict) == ("<answer>111", "truncated", None)
-    assert grown.judged == [] and grown.tree.simulations == 1
+    assert (last.text, last.defect, last.scored) == ("<answer>111", "truncated", -1)
+    asked = [(event.completion, event.finished) for event in grown.events if isinstance(event, Judge)]
+    assert asked == [(f"{THINK}<answer>111", False)] and grown.tree.simulations == 1
 
 
 @pytest.mark.parametrize("more", ["b", THINK, "<answer>0</answer>"])
-def test_an_answer_with_text_after_it_is_not_judged(more: str) -> None:
-    """The verifier refuses such a completion, too, so the policy gains nothing by going on."""
+def test_an_answer_with_text_after_it_is_no_answer_of_the_tree(more: str) -> None:
+    """It is judged as the completion that it is."""
     children = {"start": {"thinking": 2}, "thinking": {"answer": 1}}
     world = scripted(children, {"": [f"{THINK}<answer>1</answer>{more}", f"{THINK}<answer>0</answer>"]})
     grown = grow(world, search_config(expansion="chain"))
-    assert grown.judged == [f"{THINK}<answer>0</answer>"]
+    assert grown.judged == [f"{THINK}<answer>1</answer>{more}", f"{THINK}<answer>0</answer>"]
     [cut] = [node for node in grown.tree.nodes if node.defect]
-    assert (cut.type, cut.text, cut.defect) == ("answer", f"<answer>1</answer>{more}", "malformed")
+    assert (cut.type, cut.text, cut.defect, cut.scored) == ("answer", f"<answer>1</answer>{more}", "malformed", -1)
 
 
 def test_simulations_do_not_enter_finished_branches() -> None:

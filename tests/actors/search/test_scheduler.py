@@ -389,7 +389,7 @@ def test_failed_verifications_cost_verdicts_and_no_shard(
                 chain = "".join(tree.nodes[above].text for above in tree.path(number))
                 failed += node.verdict.outcome in ("error", "timeout")
                 outcomes.setdefault(chain_command(chain), set()).add(node.verdict.outcome)
-                assert (node.scored >= 0) == (chain_command(chain) == "judged")
+                assert (node.scored >= 0) == (chain_command(chain) == "judged" and node.defect is None)
             assert failed == tree.counts.get("verifier_error", 0) + tree.counts.get("verifier_timeout", 0)
     assert outcomes == {
         "judged": {"ok", "wrong"},
