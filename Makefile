@@ -37,7 +37,7 @@ test-fast: .venv/.installed ## run the tests that need no torch and no processes
 	$(TEST_ENV) $(BIN)/python -m pytest tests --fast -m "not long" -n 2 --dist worksteal $(ARGS)
 
 # Three workers on two cores: while the real stack starts or waits, the others test.
-test: .venv/.installed ## run the tests, with the real Ray, vLLM and DeepSpeed (5 to 6 minutes on 2 cores)
+test: .venv/.installed ## run the tests, with the real Ray, vLLM and DeepSpeed (4 to 8 minutes on 2 cores)
 	$(TEST_ENV) $(BIN)/python -m pytest -m "not long" -n 3 --dist loadscope $(ARGS)
 
 test-long: .venv/.installed ## run the long tests and those of the benchmarks, and write the table of docs/reliability.md
