@@ -76,6 +76,8 @@ def _rows(result: Result) -> Iterator[tuple[tuple[str, ...], Row]]:
         figures = result[mode]
         for name in ("accuracy", "no_answer_rate", "truncated_rate"):
             yield (mode, name), _row(f"{mode} {name.replace('_', ' ')}", figures[name])
+        if figures["out_of_turns_rate"]["mean"]:  # of episodes with an environment
+            yield (mode, "out_of_turns_rate"), _row(f"{mode} out of turns rate", figures["out_of_turns_rate"])
         if figures["by_problem"]["reward"] != figures["by_problem"]["accuracy"]:
             yield (mode, "reward"), _row(f"{mode} reward", figures["reward"])
         for name in DETECTORS:

@@ -24,7 +24,8 @@ from rlsys.types import Prompt
 # Answers with fewer problems are left out of the macro mean, because their accuracy is uncertain.
 MACRO_MINIMUM = 30
 DETECTORS = ("repetition", "over_reflection", "ignored_instruction")
-RATES = ("accuracy", "no_answer_rate", "truncated_rate", *DETECTORS)
+ENDS = ("accuracy", "no_answer_rate", "truncated_rate", "out_of_turns_rate")
+RATES = (*ENDS, *DETECTORS)
 """Figures `by_problem` that are shares."""
 LONGEST_REASON = 60
 QUOTED = re.compile(r"(?<!\w)'.*?'(?!\w)|\".*?\"")
@@ -81,10 +82,11 @@ def mode_figures(task: Task, prompts: Sequence[Prompt], rows: Rows) -> dict[str,
         "accuracy": right,
         "no_answer_rate": _flags(rows, "judged") & ~_flags(rows, "answered"),
         "truncated_rate": _flags(rows, "truncated"),
+        "out_of_turns_rate": _flags(rows, "out_of_turns"),
         **{name: _flags(row_signs, name) for name in DETECTORS},
     }
     return {
-        **{name: asdict(mean_over_prompts(values[name])) for name in RATES[:3]},
+        **{name: asdict(mean_over_prompts(values[name])) for name in ENDS},
         "reward": asdict(bootstrap_mean(rewards)),
         "error_rate": float(1 - _flags(rows, "judged").mean()),
         "completion_length": float(lengths.mean()),

@@ -80,3 +80,12 @@ def test_rewards_have_a_row_only_if_they_are_not_the_accuracy() -> None:
     assert not any("reward" in line for line in shown(result()))
     lines = shown(result(greedy=[[sample(reward=0.25)], [sample(right=True)], [sample(right=True, reward=1.25)]]))
     assert [line.split()[:3] for line in lines if "reward" in line] == [["greedy", "reward", "0.833"]]
+
+
+def test_episodes_out_of_turns_have_a_row_only_if_there_are_any() -> None:
+    assert not any("out of turns" in line for line in shown(document()))
+    lost = [[sample(out_of_turns=number == 0)] for number in range(3)]
+    [line] = [line for line in shown(result(greedy=lost)) if "out of turns" in line]
+    assert line.split()[:5] == ["greedy", "out", "of", "turns", "rate"] and line.split()[5] == "0.333"
+    [line] = [line for line in shown(document(greedy=lost)) if "out of turns" in line]
+    assert line.split()[5:7] == ["B", "0.333"] and "+0.333" in line

@@ -36,6 +36,7 @@ def test_the_figures_of_samples_by_hand() -> None:
     assert figures["accuracy"]["mean"] == pytest.approx(2 / 6)
     assert figures["no_answer_rate"]["mean"] == pytest.approx(2 / 6)  # of the one without a verdict nothing is known
     assert figures["truncated_rate"]["mean"] == pytest.approx(1 / 6)
+    assert figures["out_of_turns_rate"]["mean"] == 0.0
     assert figures["reward"]["mean"] == pytest.approx(2 / 6)
     assert figures["error_rate"] == pytest.approx(1 / 6)
     assert figures["completion_length"] == figures["completion_lengths"]["mean"]["mean"] == pytest.approx(29)
