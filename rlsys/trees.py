@@ -33,7 +33,7 @@ Defect = Literal[
 """Reason why no node may follow a node.
 
 In the first five cases the chain failed without an answer:
-    truncated: The chain or the context was full.
+    truncated: The chain or the context was full, within the node or after it.
     unclosed: The node ended without its closing tag.
     malformed: There is a tag or other text where none may be, or text after the answer.
     unanswered: The node is whole, but the model ended the chain after it.

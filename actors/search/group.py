@@ -132,7 +132,7 @@ def _log_failed_verifications(tree: Tree) -> None:
     failed = list(_failed_verifications(tree))
     if failed:
         log.warning(
-            "prompt %s: verification failed for %d answers of its tree: %s",
+            "prompt %s: verification failed for %d chains of its tree: %s",
             tree.prompt_id,
             len(failed),
             failed[0].detail,

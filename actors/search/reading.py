@@ -69,7 +69,8 @@ class CompletionReader:
             ("too_long", self._is_too_long),
             # The verifier, too, refuses text after an answer.
             ("malformed", lambda place: place.terminal and not place.last),
-            ("unanswered", self._is_unanswered),
+            ("unanswered", lambda place: self._ends_after(place, "stop")),
+            ("truncated", lambda place: self._ends_after(place, "length")),
         )
 
     def read_node(self, planned: PlannedCall, completion: Completion) -> NewNode:
@@ -118,7 +119,8 @@ class CompletionReader:
                 finish_reason=completion.finish_reason,
             )
             defect = self._defect(place)
-            is_reviewed = defect in (None, "unanswered") and not given and self._is_reviewed(name)
+            is_whole = reading.defect is None and defect in (None, "unanswered", "truncated")
+            is_reviewed = is_whole and not given and self._is_reviewed(name)
             # A defective node includes all later text of the completion.
             rest = readings[number:] if defect else [reading]
             yield ChainPiece(_chain_node(place, rest, defect, ids, planned, completion), is_reviewed)
@@ -148,8 +150,9 @@ class CompletionReader:
     def _is_off_pattern(self, place: _Place) -> bool:
         return not place.given and place.type not in self._pattern.children.get(place.parent_type, {})
 
-    def _is_unanswered(self, place: _Place) -> bool:
-        ended = place.last and place.finish_reason == "stop"
+    def _ends_after(self, place: _Place, finish_reason: FinishReason) -> bool:
+        """Return whether the completion ended for a reason after a whole node that is no answer and ends no turn."""
+        ended = place.last and place.finish_reason == finish_reason
         return ended and not place.terminal and not self._tree.ends_turn(place.type)
 
     def _is_too_deep(self, place: _Place) -> bool:
@@ -183,7 +186,7 @@ def _chain_node(
     low, high = max(0, start - forced), stop - forced
     return NewNode(
         type=place.type,
-        text="".join(piece.text for piece in rest),
+        text="".join(piece.text for piece in rest) + (rest[-1].spill if defect else ""),
         token_ids=ids[start:stop],
         forced=own_forced,
         logprobs=completion.logprobs[low:high].tolist(),

@@ -183,10 +183,10 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
 
     Children that backtrack are siblings of each other only, because they follow a hint of the verifier. A child takes
     part if a model wrote some of it and it has at least `extract.step_min_visits` visits, or an estimate where
-    `extract.step_value` asks for it. Best and worst are determined
-    by value, then by more visits, then by smaller token ids, then by fewer forced tokens. The values of a pair differ
-    by at least `extract.step_min_gap`, and its texts differ. The pairs are ordered by the token ids of the prefix, the
-    better node and the worse node.
+    `extract.step_value` asks for it. A node at which a chain has failed is not taken as the best one, whatever reward
+    functions say of the chain. Best and worst are determined by value, then by more visits, then by smaller token ids,
+    then by fewer forced tokens. The values of a pair differ by at least `extract.step_min_gap`, and its texts differ.
+    The pairs are ordered by the token ids of the prefix, the better node and the worse node.
     """
     if not config.step_preferences:
         return []
@@ -194,11 +194,12 @@ def preferred_steps(tree: Tree, config: ExtractConfig, codec: Codec) -> list[tup
     least = config.step_min_visits if config.step_value == "mean" else 1
     for number, step in _steps(tree, codec, _records(tree, config.step_value)).items():
         if tree.nodes[number].generated and step.visits >= least:
-            siblings[tree.nodes[number].parent, tree.nodes[number].backtrack].append(step)
+            siblings[tree.nodes[number].parent, tree.nodes[number].backtrack].append((tree.nodes[number].defect, step))
     pairs = []
     for steps in siblings.values():
-        best = min(steps, key=lambda step: (-step.value, -step.visits, _place(step), step.forced))
-        worst = min(steps, key=lambda step: (step.value, -step.visits, _place(step), step.forced))
+        whole = [step for defect, step in steps if defect is None]
+        worst = min((step for _, step in steps), key=lambda step: (step.value, -step.visits, _place(step), step.forced))
+        best = min(whole, key=lambda step: (-step.value, -step.visits, _place(step), step.forced), default=worst)
         if best.value - worst.value > config.step_min_gap - ROUNDING and best.text != worst.text:
             pairs.append((best, worst))
     ordered = sorted(pairs, key=lambda pair: [(_place(step), -step.value, -step.visits, step.forced) for step in pair])

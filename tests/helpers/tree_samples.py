@@ -59,8 +59,9 @@ def tree(*below: ThoughtNode, prompt_id: str = "p", question: str = "q", **field
     for number, leaf in enumerate(below, start=1):
         if leaf.verdict is None:
             continue
-        nodes[number] = replace(nodes[number], scored=scored)
-        scored += 1
+        if leaf.defect is None:  # a chain that has failed is judged, and no answer
+            nodes[number] = replace(nodes[number], scored=scored)
+            scored += 1
         while leaf.verdict.outcome in ("ok", "wrong") and number >= 0:
             above = nodes[number]
             nodes[number] = replace(

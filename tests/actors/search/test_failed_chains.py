@@ -55,6 +55,10 @@ def test_a_chain_without_an_answer_has_the_verdict_on_its_completion(kind: str, 
     seen = Counter[str]()
     for seed, tokens in enumerate((500, 30, 12)):
         result = grow(world, config, seed=seed, max_chain_tokens=tokens)
+        if config.expansion == "chain":
+            parents = {node.parent for node in result.tree.nodes}
+            ends = [node for n, node in enumerate(result.tree.nodes) if n not in parents and node.defect is None]
+            assert [node for node in ends if node.finish_reason == "length" and node.type != "answer"] == []
         for chain in trajectories(result):
             node = result.tree.nodes[chain.steps[-1].node]
             if is_ended_by_the_search(node):
@@ -78,6 +82,18 @@ def test_the_order_of_arrival_does_not_change_a_tree_with_failed_chains(kind: st
     config = search_config(**searched, stop={"simulations": 24})
     orders = [None, *map(random.Random, range(1, 4))]
     assert len({tree_line(grow(world, config, arrivals=order).tree) for order in orders}) == 1
+
+
+def test_a_chain_that_is_cut_off_after_a_whole_node_is_judged() -> None:
+    """There is room for the 3 tokens of one thought."""
+    world = Script(
+        table({"start": {"thinking": 3}, "thinking": {"answer": 1}}), {"": ["<thinking>a</thinking><answer>"]}
+    )
+    config = search_config(backtracking=False, expansion="chain", stop={"simulations": 1})
+    result = grow(world, config, max_chain_tokens=3)
+    [node], [chain] = result.tree.nodes[1:], trajectories(result)
+    assert (node.text, node.defect, node.visits, node.scored) == ("<thinking>a</thinking>", "truncated", 1, -1)
+    assert (chain.outcome, chain.reward, chain.finish_reason, chain.truncated) == ("wrong", 0.0, "length", True)
 
 
 def test_a_failed_verification_of_a_chain_without_an_answer_gives_no_reward() -> None:

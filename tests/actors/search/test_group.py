@@ -221,7 +221,7 @@ def test_figures_by_hand(caplog: pytest.LogCaptureFixture) -> None:
     }
     assert all(type(value) is float for value in group.metrics.values())
     assert [record.getMessage() for record in caplog.records] == [
-        "prompt p: verification failed for 1 answers of its tree: too late"
+        "prompt p: verification failed for 1 chains of its tree: too late"
     ]
     assert search_metrics(tree())["scored"] == 0
 

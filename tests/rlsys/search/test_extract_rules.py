@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,12 @@ from tree_samples import CharCodec, answer, node, tree
 
 from rlsys.config.search import ExtractConfig
 from rlsys.search import extract
+from rlsys.search.outline import verdict_text
 from rlsys.trees import Tree
+from rlsys.types import Verdict
 
 CODEC = CharCodec()
+WRONG = Verdict(outcome="wrong", reward=0.0, answered=False)
 
 
 def hinted() -> Tree:
@@ -83,3 +87,17 @@ def test_pairs_by_prefix() -> None:
 def test_pairs_of_one_type() -> None:
     # The answer av begins where axy goes on with a thought.
     assert sides(pairs="same_type") == [("axy", "awu"), ("axy", "axz")]
+
+
+def test_a_failed_chain_is_no_row_and_at_most_the_worse_side_of_a_pair_of_steps() -> None:
+    """A reward function has paid more for it than for the answers."""
+    failed = answer(0, "bad", "ok", 3.0, defect="malformed")
+    of = tree(failed, node(0, "a"), answer(2, "c", "ok"), answer(2, "d", "wrong"))
+    assert of.solved and [of.nodes[number].text for number in of.answers()] == ["c", "d"]
+    [pair] = extract.preferred_chains(of, ExtractConfig(), CODEC)
+    assert [side.number for side in pair] == [3, 4]
+    config = ExtractConfig(step_min_visits=1)
+    assert [(b.text, w.text) for b, w in extract.preferred_steps(of, config, CODEC)] == [("c", "d")]
+    worse = tree(replace(failed, verdict=WRONG), node(0, "a"), answer(2, "c", "ok"))
+    assert [(b.text, w.text) for b, w in extract.preferred_steps(worse, config, CODEC)] == [("a", "bad")]
+    assert [verdict_text(each.nodes[1]) for each in (of, worse)] == ["right, reward 3", "wrong, reward 0"]

@@ -46,10 +46,9 @@ def test_a_right_tree_is_one_that_is_solved(tmp_path: Path) -> None:
     unjudged = answer(1, "x", "ok", reward=0.0)  # nothing to compare an answer with, and no reward
     ok = Verdict(outcome="ok", reward=-0.5, answered=True, detail='a "quote" \\', parts={"task": 1.0, "short": -1.5})
     shaped = replace(unjudged, verdict=ok)
-    trees = [tree(node(0, "t"), *answers) for answers in ((unjudged,), (shaped,), (unjudged, shaped), ())]
-    first, *_, last = tree(node(0, "t"), answer(1, "x", "ok")).nodes
-    malformed = replace(last, scored=-1, defect="malformed")  # right, but no answer of the tree
-    trees.append(replace(trees[0], nodes=(first, malformed)))
+    failed = answer(1, "x", "ok", defect="malformed")  # right, but no answer of the tree
+    chains = ((unjudged,), (shaped,), (unjudged, shaped), (), (failed,))
+    trees = [tree(node(0, "t"), *answers) for answers in chains]
     write(tmp_path / "trees", "00000.jsonl", *trees)
     rights = [place.right for place in index(tmp_path).places]
     assert rights == [each.solved for each in trees] == [False, True, True, False, False]
