@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from actors.engine_build import engine_environment
 from learners.settings import RankSettings, learner_environment
 from rlsys.config.objective import ObjectiveConfig
 from rlsys.config.schema import ActorsConfig, FromScratchConfig, LearnerConfig, OptimizerConfig
@@ -39,7 +40,6 @@ ROW = np.arange(4, 24, dtype=np.int32)
 
 def train(device: str, folder: Path, model: Path) -> tuple[str, LearnerRank]:
     """Make one training step on one row, and return what was seen."""
-    os.environ.update(learner_environment(LEARNER, device, 0))
     from learners.rank import LearnerRank
 
     settings = RankSettings(
@@ -106,6 +106,8 @@ def main(device: str, folder: Path) -> None:
     """Run all parts. A part that fails ends the test; standard error has its traceback."""
     results = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # frameworks print to standard output
+    # Before torch is imported: its threads are counted then, and vLLM's kernels fail if their number changes.
+    os.environ.update(engine_environment(ACTORS, device) | learner_environment(LEARNER, device, 0))
     model = scratch_model(SCRATCH, [f"{n:02d}" for n in range(40)], 0, folder).path
 
     def report(part: str, work: Callable[[], tuple[str, Any]]) -> Any:
