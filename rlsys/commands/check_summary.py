@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from rlsys.config.engine_roles import section_of
 from rlsys.config.schema import Config
+from rlsys.config.search import SearchConfig
 from rlsys.config.stages import DataSource, StagePlan, stage_plans
 from rlsys.launch.prepare import Prepared
 from rlsys.launch.resources import ResourcePlan
@@ -23,6 +24,7 @@ def summary(config: Config, prepared: Prepared, start: str) -> list[Line]:
     """
     lines = [("run", f"{config.run.dir}: {start}")]
     lines += [(plan.name, _stage(config, plan, prepared)) for plan in stage_plans(config)]
+    lines.append(("rlsys search", _search(config)))
     lines += _models(config, prepared)
     lines.append(("task", _task(config, prepared)))
     longest = f"prompt and completion up to {config.actors.max_model_len} tokens"
@@ -47,6 +49,16 @@ def _stage(config: Config, plan: StagePlan, prepared: Prepared) -> str:
         if train.max_staleness:
             parts.append(f"staleness up to {train.max_staleness}")
     return f"{plan.steps:,} steps, each with {', '.join(parts)}"
+
+
+def _search(config: Config) -> str:
+    """Return what the command of that name would grow; "" if the config is not made for it."""
+    if config.search == SearchConfig() or "search" in config.stages:
+        return ""
+    search, stop = config.search, config.search.stop
+    limits = [(stop.simulations, "simulations"), (stop.tokens, "tokens"), (stop.answers, "answers")]
+    most = " or ".join(f"{limit:,} {noun}" for limit, noun in limits if limit is not None)
+    return f"trees of {search.prompts:,} {search.split} prompts, at most {most} each; the stages are those of `rlsys train`"
 
 
 def _source(source: DataSource, prepared: Prepared) -> str:

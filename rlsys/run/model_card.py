@@ -114,7 +114,7 @@ def _figures(policy: RunPolicy) -> str:
     table = ["| figure | value | meaning |", "|---|---|---|"]
     for name, value in _held_out(row).items():
         spec = METRICS[name]
-        shown = f"{value:.3f}" if spec.unit == "share" else f"{value:.1f} {spec.unit}"
+        shown = f"{value:.3f}" if spec.unit in ("share", "1") else f"{value:.1f} {spec.unit}"
         table.append(f"| {name.removeprefix(HELD_OUT).replace('_', ' ')} | {shown} | {spec.meaning} |")
     samples = f", with {evaluation.samples} samples for each (k)" if evaluation.samples else ""
     return "\n".join(

@@ -135,3 +135,11 @@ def test_the_directory_of_a_search_is_a_note_of_its_config_alone(
     for refused in (lambda: lines_of(config(), capsys), lambda: session.train(config(search={"prompts": 8}))):
         with pytest.raises(ConfigError, match="holds the trees of a search: choose another run.dir"):
             refused()
+
+
+def test_a_config_of_a_search_says_what_the_search_would_do(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    searched = config(search={"prompts": 32, "stop": {"simulations": 64, "tokens": 1000}})
+    [line] = [line for line in lines_of(searched, capsys) if "trees of" in line]
+    expected = "trees of 32 train prompts, at most 64 simulations or 1,000 tokens each; the stages are those of"
+    assert line.split(maxsplit=2)[2] == f"{expected} `rlsys train`"
+    assert not any("trees of" in line for line in lines_of(config(), capsys))

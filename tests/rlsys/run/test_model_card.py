@@ -39,6 +39,7 @@ def head(text: str) -> dict[str, Any]:
 
 def test_a_card_has_the_facts_of_the_run(run: Path) -> None:
     text = card(run)
+    assert "| greedy reward | 0.725 |" in text
     config = hashlib.sha256((run / "config.yaml").read_bytes()).hexdigest()
     for row in (
         "| base model | base (a local folder) |",
