@@ -82,6 +82,13 @@ def show(report: Mapping[str, Any], output: Path, console: Console) -> None:
             f"{report['missing']} of the prompts that search.prompts asks for have no tree in a finished file: "
             "the search is not finished, or its data set is smaller",
         )
+    steps = report["supervised_steps"]
+    if wrong := steps["checked"] - steps["every_step_right"]:
+        lines.insert(
+            0,
+            f"{wrong} of {steps['checked']} supervised chains reach the right answer by a wrong step; a search with "
+            "search.value.type=steps ends such chains",
+        )
     if report["marked"]:
         lines.insert(0, f"chains marked as bad and left out: {report['marked']}")
     print_lines(console, lines)

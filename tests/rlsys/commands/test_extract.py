@@ -250,7 +250,10 @@ def test_the_report_counts_supervised_chains_with_every_step_right(
 ) -> None:
     chain = grown(codec, node(0, f"<thinking>{thinking}</thinking>"), answer(1, "<answer>2</answer>", "ok"))
     source = find_source(write([tree_line(replace(chain, question="count a in abab"))]), [])
-    assert run(source, tmp_path / "a")["supervised_steps"] == {"checked": 1, "every_step_right": right}
+    report, output = run(source, tmp_path / "a"), io.StringIO()
+    assert report["supervised_steps"] == {"checked": 1, "every_step_right": right}
+    extract_command.show(report, tmp_path / "a", Console(file=output, width=200))
+    assert ("1 of 1 supervised chains reach the right answer by a wrong step" in output.getvalue()) == (not right)
     source = find_source(source.trees.parent, ["extract.supervised_rows=node"])
     assert run(source, tmp_path / "b")["supervised_steps"] == {"checked": 0, "every_step_right": 0}
 
