@@ -15,7 +15,12 @@ from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.state import state_to_json
 from rlsys.types import RunState
 
-FIGURES = {"held_out/greedy_accuracy": 0.75, "held_out/greedy_reward": 0.725, "held_out/sampled_accuracy": 0.5, "held_out/completion_length": 12.25}
+FIGURES = {
+    "held_out/greedy_accuracy": 0.75,
+    "held_out/greedy_reward": 0.725,
+    "held_out/sampled_accuracy": 0.5,
+    "held_out/completion_length": 12.25,
+}
 
 
 def write_run(
