@@ -58,7 +58,8 @@ def _search(config: Config) -> str:
     search, stop = config.search, config.search.stop
     limits = [(stop.simulations, "simulations"), (stop.tokens, "tokens"), (stop.answers, "answers")]
     most = " or ".join(f"{limit:,} {noun}" for limit, noun in limits if limit is not None)
-    return f"trees of {search.prompts:,} {search.split} prompts, at most {most} each; the stages are those of `rlsys train`"
+    trees = f"trees of {search.prompts:,} {search.split} prompts, at most {most} each"
+    return f"{trees}; the stages are those of `rlsys train`"
 
 
 def _source(source: DataSource, prepared: Prepared) -> str:
