@@ -97,6 +97,7 @@ clean: ## remove .venv and caches; runs/ stays
 # index is asked only when pip's configured sources have no such wheel, because an unreachable index costs a minute.
 # TRL and peft, peers in tests, stay apart: with accelerate beside it, transformers imports DeepSpeed in every process.
 .venv/.locked: $(LOCK) requirements-trl.lock | .venv/bin/python
+	@echo "installing the packages of $(LOCK) into .venv: 2 to 5 minutes"
 	torch=$$(grep '^torch==' $(LOCK)); \
 	$(PIP) install --quiet --no-deps "$$torch" || { \
 	  echo "make: pip's own sources have no $$torch; trying PyTorch's CPU wheel index"; \
