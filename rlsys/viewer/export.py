@@ -36,6 +36,7 @@ def page(runs: Sequence[RunFiles]) -> str:
         **pages.colouring(rows),
         "views": _trees(run),
         "total": len(run.trees.places),
+        "cut_off": run.trees.cut_off,
         "style": _text("uplot.css") + _text("style.css"),
         "script": _text("uplot.js") + _text("curves.js"),
     }

@@ -158,6 +158,7 @@ def tree_list(run: RunFiles, page: int, query: str, only: str) -> Values:
     return {
         "rows": rows,
         "total": len(places),
+        "cut_off": run.trees.cut_off,
         "solved": sum(place.right for place in places),
         "matches": len(numbers),
         "number": page,

@@ -251,6 +251,15 @@ def test_damaged_files_are_named_on_their_page_alone(run_dir: Path) -> None:
     assert listed.status_code == 200 and "format 1, found 9" in listed.text and '"/tree/1?run=0"' in listed.text
 
 
+@pytest.mark.parametrize("kept", [500, -9])
+def test_a_shard_that_is_cut_off_is_named(run_dir: Path, kept: int) -> None:
+    shard = run_dir / "trees" / "00000.jsonl"
+    shard.write_text(shard.read_text()[:kept])
+    words = f"{shard}: expected a line end, found the file cut off"
+    assert words in client(run_dir).get("/trees").text
+    assert words in page([RunFiles(run_dir)])
+
+
 def test_trees_are_listed_by_page_prompt_and_result(tmp_path: Path) -> None:
     write_trees(tmp_path, count=60)
     served = client(tmp_path)
