@@ -97,6 +97,7 @@ def rollouts(run: RunFiles, version: int | None, order: str, colour: str = "") -
         "before": before,
         "after": after,
         "order": order,
+        "cut_off": [] if rows else run.cut_off_rollouts(),
         "groups": rollout_groups(rollout_rows.ordered(rows, order)),
         **colouring(rows, colour),
     }

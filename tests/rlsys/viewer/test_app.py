@@ -19,6 +19,7 @@ from viewed_run import ATTACK, step_record, write_metrics, write_rollouts, write
 
 from rlsys.errors import ConfigError
 from rlsys.interfaces import TokenValues
+from rlsys.run.lock import RunLock
 from rlsys.run.rollout_files import RolloutLog, read_rollouts, record
 from rlsys.search.marks import read_marks
 from rlsys.search.tree_json import read_trees, tree_line
@@ -258,6 +259,17 @@ def test_a_shard_that_is_cut_off_is_named(run_dir: Path, kept: int) -> None:
     words = f"{shard}: expected a line end, found the file cut off"
     assert words in client(run_dir).get("/trees").text
     assert words in page([RunFiles(run_dir)])
+
+
+def test_a_file_of_rollouts_that_is_cut_off_is_named_unless_the_run_writes_it(run_dir: Path) -> None:
+    path = run_dir / "rollouts" / "000000.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:100])
+    words = f"{path}: expected rollouts, found the file cut off inside its first step; restore it"
+    assert words in client(run_dir).get("/rollouts").text
+    assert words in page([RunFiles(run_dir)])
+    with RunLock(run_dir):
+        assert "No rollouts are kept here" in client(run_dir).get("/rollouts").text
+        assert "No rollouts are kept." in page([RunFiles(run_dir)])
 
 
 def test_trees_are_listed_by_page_prompt_and_result(tmp_path: Path) -> None:
