@@ -143,7 +143,7 @@ BAD_ROWS = {
     "no_object": (b'["1+1?", "2"]', "expected a JSON object, found list"),
     "wrong_type": (b'{"question": "1+1?", "answer": {"value": 2}}', "column 'answer': expected text, found "),
     "null_answer": (b'{"question": "1+1?", "answer": null}', "column 'answer': expected text, found null"),
-    "no_answer": (b'{"question": "1+1?"}', "column 'answer': expected text, found null"),
+    "no_answer": (b'{"question": "1+1?"}', "column 'answer': missing in this row"),
     "bad_utf8": (b'{"question": "1+1\xff?", "answer": "2"}', "not UTF-8"),
     "half_surrogate": (b'{"question": "\\ud800", "answer": "2"}', "column 'question': expected text, found "),
     "twice": (
