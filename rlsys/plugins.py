@@ -119,7 +119,8 @@ def load_plugin(name: str, folder: str, field: str) -> Any:
     value: Any = module
     for part in attribute.split("."):
         if not hasattr(value, part):
-            known = ", ".join(each for each in vars(module) if not each.startswith("_")) or "nothing"
+            own = [each for each, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__]
+            known = ", ".join(each for each in own if not each.startswith("_")) or "no function or class of its own"
             raise ConfigError(f"{field} {name!r}: {source} has no {attribute!r}; it has {known[:300]}")
         value = getattr(value, part)
     return value

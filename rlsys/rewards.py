@@ -6,6 +6,7 @@ They run in the verifier processes, so they have a deadline and limits.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import difflib
 import inspect
 import math
@@ -26,6 +27,9 @@ Text = str | Sequence[Mapping[str, str]]
 
 _UNKNOWN = ("completion_ids", "completions_ids", "prompt_ids", "trainer_state")
 """Arguments that TRL gives and rlsys does not: a verifier process has neither the tokens nor a trainer."""
+LARGEST_REWARD = 1e6
+"""Above this bound a float32 cannot distinguish rewards that differ by 0.1."""
+_FOUND_CHARS = 200
 
 
 def format_reward(completions: Sequence[Text], *, pattern: str | None = None, **_columns: Any) -> list[float]:
@@ -92,6 +96,10 @@ class Rewards:
         if not parts:
             detail = "no reward: every function gave None, and the task gives none"
             return Verdict(outcome="error", reward=0.0, answered=False, detail=detail)
+        if fault := fault_of_reward(total):
+            terms = ", ".join(f"{name} {value:g}" for name, value in parts.items())
+            detail = f"weighted sum of the rewards {terms}: {fault}"
+            return Verdict(outcome="error", reward=0.0, answered=False, detail=detail)
         is_right = total > 0 if is_unjudged else verdict.correct
         return replace(verdict, outcome="ok" if is_right else "wrong", reward=total, parts=parts)
 
@@ -150,21 +158,56 @@ class _Function:
             values = self._call(**{**given, **self._arguments})
             if inspect.isawaitable(values):
                 values = asyncio.run(_awaited(values))
-        except Exception as error:  # noqa: BLE001 - the failure becomes data
+            return _one_number(values)
+        except _ReturnedError as error:
+            return f"{self._noun} {self.name}: {error}"
+        # A failure becomes data. SystemExit and the timeouts of some libraries derive from BaseException only.
+        except BaseException as error:  # noqa: BLE001
             return f"{self._noun} {self.name}: {raised_text(error)}"
-        fault = f"{self._noun} {self.name}: expected a list of one number or None"
-        if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
-            return f"{fault}, found {type(values).__name__}"
-        if len(values) != 1:
-            return f"{fault} for one completion, found {len(values)}"
-        [value] = values
-        if value is None:
-            return None
-        if hasattr(value, "item"):  # of numpy or torch
-            value = value.item()
-        if not isinstance(value, Real) or not math.isfinite(value):
-            return f"{fault}, found {value!r}"[:300]
-        return float(value)
+
+
+class _ReturnedError(Exception):
+    """A function returned something else than a list of one number or None."""
+
+
+def _one_number(values: Any) -> float | None:
+    """Return the only entry of what a function returned.
+
+    Raises:
+        _ReturnedError: it is something else than a list of one number or None.
+    """
+    expected = "expected a list of one number or None for each completion"
+    is_list = hasattr(values, "__len__") and not isinstance(values, str | bytes | Mapping)
+    if not is_list or getattr(values, "shape", None) == ():  # an array without dimensions has no length
+        raise _ReturnedError(f"{expected}, found {_shown(values)}")
+    if len(values) != 1:
+        raise _ReturnedError(f"{expected}, found {len(values)} entries for one completion")
+    [value] = values
+    if value is None:
+        return None
+    number = math.nan
+    with contextlib.suppress(ValueError, RuntimeError, OverflowError):  # an array of several numbers, a huge integer
+        value = value.item() if hasattr(value, "item") else value  # of numpy or torch
+        number = float(value) if isinstance(value, Real) else math.nan
+    if not math.isfinite(number):
+        raise _ReturnedError(f"{expected}, found {_shown(value)}")
+    return number
+
+
+def _shown(value: Any) -> str:
+    return " ".join(repr(value).split())[:_FOUND_CHARS]
+
+
+def fault_of_reward(number: Any) -> str:
+    """Return why a reward cannot be used, or ""."""
+    if isinstance(number, bool) or not isinstance(number, Real):  # Real includes numpy's numbers
+        return f"expected a number as reward, found {type(number).__name__}"
+    reward = float(number)
+    if not math.isfinite(reward):
+        return f"expected a finite reward, found {reward}"
+    if abs(reward) > LARGEST_REWARD:
+        return f"expected a reward from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, found {reward:g}"
+    return ""
 
 
 def _no_column(name: str, given: Sequence[str]) -> str:

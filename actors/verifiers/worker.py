@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import math
 import os
 import resource
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
-from numbers import Real
 from typing import Any, BinaryIO, get_args
 
 from pydantic import TypeAdapter
@@ -31,7 +29,7 @@ from rlsys.environments import build_environment
 from rlsys.errors import ConfigError
 from rlsys.interfaces import Reply
 from rlsys.plugins import raised_text
-from rlsys.rewards import ChainValue, Rewards
+from rlsys.rewards import ChainValue, Rewards, fault_of_reward
 from rlsys.tasks import build_task
 from rlsys.types import Outcome, Verdict
 
@@ -40,8 +38,6 @@ Verifier = Callable[..., Any]
 
 MAX_FILE_MIB = 16
 MAX_DETAIL_CHARS = 500
-# Above this bound a float32 cannot distinguish rewards that differ by 0.1.
-LARGEST_REWARD = 1e6
 
 
 def main() -> None:
@@ -153,7 +149,7 @@ def _checked_reply(reply: Any) -> Answer:
         return _error(f"expected a Reply with a string as text, found {type(text).__name__}")
     if len(text) > MAX_REPLY_CHARS:
         return _error(f"expected a Reply of at most {MAX_REPLY_CHARS} characters, found {len(text)}")
-    fault = _fault_of_reward(reply.reward)
+    fault = fault_of_reward(reply.reward)
     if fault:
         return _error(fault)
     return Reply(
@@ -174,27 +170,15 @@ def _checked(verdict: Any) -> Verdict:
     detail = str(verdict.detail)[:MAX_DETAIL_CHARS]
     if verdict.outcome not in ("ok", "wrong"):  # the plug-in reports that it failed
         return Verdict(outcome=verdict.outcome, reward=0.0, answered=False, detail=detail)
-    fault = _fault_of_reward(verdict.reward)
+    fault = fault_of_reward(verdict.reward)
     if fault:
         return _error(fault)
     reward = float(verdict.reward)
-    faults = [f"part {name}: {fault}" for name, value in verdict.parts.items() if (fault := _fault_of_reward(value))]
+    faults = [f"part {name}: {fault}" for name, value in verdict.parts.items() if (fault := fault_of_reward(value))]
     if faults:
         return _error(faults[0])
     parts = {str(name): float(value) for name, value in verdict.parts.items()}
     return Verdict(outcome=verdict.outcome, reward=reward, answered=bool(verdict.answered), detail=detail, parts=parts)
-
-
-def _fault_of_reward(number: Any) -> str:
-    """Return why a reward cannot be used, or ""."""
-    if isinstance(number, bool) or not isinstance(number, Real):  # Real includes numpy's numbers
-        return f"expected a number as reward, found {type(number).__name__}"
-    reward = float(number)
-    if not math.isfinite(reward):
-        return f"expected a finite reward, found {reward}"
-    if abs(reward) > LARGEST_REWARD:
-        return f"expected a reward from {-LARGEST_REWARD:g} to {LARGEST_REWARD:g}, found {reward:g}"
-    return ""
 
 
 def _error(detail: str) -> Verdict:

@@ -113,7 +113,8 @@ def _needs(plan: ResourcePlan) -> str:
     needs = []
     for need in plan.needs:
         name, _, unit = need.resource.partition(", ")
-        amount = f"{need.amount:.3g} of {need.available:.3g} {unit or name}"
+        form = ".3g" if unit else ",.0f"  # GiB, or a count
+        amount = f"{need.amount:{form}} of {need.available:{form}} {unit or name}"
         phase = "" if need.phase == "all" else f" for {need.phase}"
         needs.append(f"{name} {amount}" if unit else f"{amount}{phase}")
     return ", ".join(needs)

@@ -15,7 +15,7 @@ from rlsys.directory import CheckpointDirectory, RunDirectory
 from rlsys.errors import ConfigError
 from rlsys.evaluation.records import problems_digest
 from rlsys.models.folder import given_model, is_policy
-from rlsys.run.manifest import MANIFEST, verify_checkpoint
+from rlsys.run.manifest import MANIFEST, verify_chosen
 from rlsys.run.policies import locate_policy
 from rlsys.tasks import build_task
 
@@ -80,7 +80,7 @@ def find_target(name: str) -> Target:
         return Target(name, place.folder, RunDirectory(place.run_dir).config, place.note)
     if CheckpointDirectory(path).policy.is_dir():
         if (path / MANIFEST).exists():
-            verify_checkpoint(path, [CheckpointDirectory(path).policy.name])
+            verify_chosen(path, [CheckpointDirectory(path).policy.name])
         file = RunDirectory(path.parent.parent).config
         return Target(name, CheckpointDirectory(path).policy, file if file.is_file() else None)
     if is_policy(path):

@@ -13,7 +13,7 @@ from rlsys.data.inputs import prepare_model
 from rlsys.directory import CARD, REPORT, RunDirectory, SearchDirectory
 from rlsys.display import print_lines, print_table
 from rlsys.errors import ConfigError
-from rlsys.search.export import NO_PAIR, QUANTILES, Source, is_report, run, source_of
+from rlsys.search.export import NO_PAIR, QUANTILES, Source, report_fault, run, source_of
 from rlsys.tables.schemas import TABLES
 
 __all__ = ["Source", "find_source", "run", "show"]
@@ -61,9 +61,15 @@ def check_output(output: Path, run_dir: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--output {output}: expected a folder, found a file; choose another name")
     report = output / REPORT
     is_own = output.resolve() == SearchDirectory(run_dir).data.resolve()
-    is_own = is_own or (report.is_file() and is_report(report.read_bytes()))
+    fault = report_fault(report.read_bytes()) if report.is_file() else ""
+    is_own = is_own or (report.is_file() and not fault)
     names = [CARD, REPORT, *(f"{table.name}.{suffix}" for table in TABLES for suffix in ("jsonl", "parquet"))]
     foreign = [name for name in names if not is_own and (output / name).exists()]
+    if foreign and fault and not overwrite:
+        raise ConfigError(
+            f"--output {output}: {REPORT} is not a report of `rlsys extract` ({fault}), so the folder may have files "
+            "of something else; restore it, choose another name, or replace its files with --overwrite"
+        )
     if foreign and not overwrite:
         raise ConfigError(
             f"--output {output}: it has a file {foreign[0]} that `rlsys extract` did not write; choose another name, "

@@ -11,9 +11,9 @@ from rich.console import Console
 
 from rlsys.directory import RunDirectory
 from rlsys.display import print_lines
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.run.judgements import by_reward, heading
-from rlsys.run.rollout_files import read_rollouts, rollout_files
+from rlsys.run.rollout_files import cut_off_faults, read_rollouts, rollout_files
 from rlsys.run.rollouts import training_facts
 
 SHOWN = 4
@@ -44,6 +44,8 @@ def find_rows(run_dir: Path, step: int | None, prompt_id: str = "") -> Rows:
     if steps and prompt_id:
         where = f" in step {step}" if step is not None else ""
         raise ConfigError(f"{run_dir}: it has no tree and no kept rollouts of prompt {prompt_id!r}{where}")
+    if not steps and (faults := cut_off_faults(run_dir)):
+        raise DamagedFileError(faults[0])
     if not steps:
         raise ConfigError(f"{run_dir}: it has no rollouts; a run keeps those of run.kept_prompts prompts of a step")
     near = min(steps, key=lambda kept: abs(kept - (step or 0)))

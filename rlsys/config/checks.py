@@ -63,12 +63,6 @@ def of_stage(stage: StageName) -> Callable[[Rule], Rule]:
     return decorate
 
 
-def stages_are_distinct(config: Config) -> None:
-    """Raise if a stage is named twice."""
-    if len(set(config.stages)) != len(config.stages):
-        raise ValueError("stages names a stage twice")
-
-
 def completion_leaves_room_for_prompt(config: Config) -> None:
     """Raise if the longest completion alone fills the context of an engine."""
     if config.sampling.max_tokens >= config.actors.max_model_len:
@@ -334,7 +328,6 @@ RULES: tuple[Rule, ...] = (
     divergence_has_its_keys,
     whole_teacher_fits,
     teacher_scores_what_was_sampled,
-    stages_are_distinct,
     completion_leaves_room_for_prompt,
     batch_holds_sequences,
     tensor_parallel_needs_cuda,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from rlsys.config.checks import RULES
 from rlsys.config.environment import EnvironmentConfig
@@ -15,6 +15,14 @@ from rlsys.config.section import LayerName, PathName, Section, Temperature
 from rlsys.config.served_model import TeacherConfig
 from rlsys.config.tasks import TaskConfig
 from rlsys.types import StageName
+
+
+def _distinct(names: tuple[str, ...], noun: str) -> tuple[str, ...]:
+    """Return the names, or raise if one occurs twice."""
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"expected each {noun} once, found {name} {names.count(name)} times")
+    return names
 
 
 class RunConfig(Section):
@@ -39,11 +47,10 @@ class RunConfig(Section):
     """Experiment trackers that get the metrics too, beside TensorBoard. Their packages must be installed; their own
     environment variables choose project, server and offline mode."""
 
-    @model_validator(mode="after")
-    def _trackers_are_distinct(self) -> RunConfig:
-        if len(set(self.trackers)) < len(self.trackers):
-            raise ValueError(f"trackers {list(self.trackers)} names one twice")
-        return self
+    @field_validator("trackers")
+    @classmethod
+    def _trackers_are_distinct(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(trackers, "tracker")
 
 
 class FromScratchConfig(Section):
@@ -358,6 +365,11 @@ class Config(Section):
     """Tree search in `rlsys search`, the stage search, the stage online and evaluation."""
     extract: ExtractConfig = ExtractConfig()
     """Data that `rlsys extract`, the stage search and the stage online extract from trees."""
+
+    @field_validator("stages")
+    @classmethod
+    def _stages_are_distinct(cls, stages: tuple[str, ...]) -> tuple[str, ...]:
+        return _distinct(stages, "stage")
 
     @model_validator(mode="after")
     def _consistent(self) -> Config:

@@ -79,9 +79,10 @@ class ResourcePlan:
             if not need.fits:
                 who = "the run" if need.phase == "all" else f"the {need.phase} phase"
                 name, _, unit = need.resource.partition(", ")
+                form = ".4g" if unit else ",.0f"  # GiB, or a count
                 raise ConfigError(
-                    f"{need.field}: {who} needs {need.amount:.4g} {f'{unit} of {name}' if unit else name}, "
-                    f"this machine has {need.available:.4g}; lower one of them"
+                    f"{need.field}: {who} needs {need.amount:{form}} {f'{unit} of {name}' if unit else name}, "
+                    f"this machine has {need.available:{form}}; lower one of them"
                 )
 
 

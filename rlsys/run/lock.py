@@ -96,6 +96,12 @@ def in_use(run_dir: Path) -> bool:
     return owner is not None and owner.alive
 
 
+def may_be_in_use(run_dir: Path) -> bool:
+    """Return whether a process uses a run directory, or may do so on another machine."""
+    owner = read_owner(run_dir)
+    return owner is not None and (owner.alive or not owner.here)
+
+
 def _is_alive(pid: int, locked: float) -> bool:
     """Return whether a process lives that began before the lock was taken; later ones have got its number again."""
     try:

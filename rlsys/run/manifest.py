@@ -109,6 +109,15 @@ def verify_checkpoint(path: Path, parts: Collection[str] = ()) -> dict[str, Any]
     return dict(manifest["info"])
 
 
+def verify_chosen(path: Path, parts: Collection[str] = ()) -> None:
+    """Check a checkpoint that the user has named, as `verify_checkpoint` does; the message also has a remedy."""
+    try:
+        verify_checkpoint(path, parts)
+    except CheckpointError as error:
+        message = f"{error.message}; choose another checkpoint, or restore this one"
+        raise DamagedFileError(message) from error.__cause__
+
+
 def _verify_file(folder: Path, name: str, entry: Mapping[str, Any] | None, file: Path | None) -> None:
     if file is None or entry is None:
         raise DamagedFileError(f"{folder}: {name} is {'missing' if file is None else 'not in the manifest'}")

@@ -7,7 +7,7 @@ read. So the run may still be going on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.models.folder import is_policy
 from rlsys.run.checkpoints import newest_first
 from rlsys.run.lock import in_use
-from rlsys.run.manifest import verify_checkpoint
+from rlsys.run.manifest import verify_checkpoint, verify_chosen
 from rlsys.run.metrics import read_rows
 from rlsys.run.provenance import read_provenance
 from rlsys.run.state import read_state
@@ -118,7 +118,7 @@ def _newest(run_dir: Path, target: str) -> PolicyPlace:
             state = _state(checkpoint, stages)
             if state.stage <= done:
                 break
-            place = _in_checkpoint(run_dir, checkpoint)
+            place = _in_checkpoint(run_dir, checkpoint, verify_checkpoint)
         except DamagedFileError as error:
             damaged.append(f"checkpoint skipped: {error.message}")
             continue
@@ -150,10 +150,12 @@ def _of_stage(run_dir: Path, stage: str) -> PolicyPlace:
     return PolicyPlace(run_dir=run_dir, folder=RunDirectory(run_dir).stages / stage, checkpoint=None)
 
 
-def _in_checkpoint(run_dir: Path, checkpoint: Path) -> PolicyPlace:
+def _in_checkpoint(
+    run_dir: Path, checkpoint: Path, verify: Callable[[Path, Sequence[str]], object] = verify_chosen
+) -> PolicyPlace:
     """Return the policy of a checkpoint, whose files are verified."""
     paths = CheckpointDirectory(checkpoint)
-    verify_checkpoint(checkpoint, [paths.policy.name, paths.state.name])
+    verify(checkpoint, [paths.policy.name, paths.state.name])
     return PolicyPlace(run_dir=run_dir, folder=paths.policy, checkpoint=checkpoint)
 
 

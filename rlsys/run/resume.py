@@ -11,11 +11,11 @@ from rlsys.config.compare import changed_fields, check_fields, load_run_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plan
 from rlsys.directory import CheckpointDirectory, RunDirectory, SearchDirectory
-from rlsys.errors import CheckpointError, ConfigError, DamagedFileError
+from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.files import read_json, write_json
 from rlsys.models.folder import is_policy
 from rlsys.run.checkpoints import CheckpointStore
-from rlsys.run.manifest import MANIFEST, verify_checkpoint
+from rlsys.run.manifest import MANIFEST, verify_chosen
 from rlsys.run.state import read_state
 from rlsys.types import RunState
 
@@ -192,9 +192,9 @@ def _check_named(path: Path) -> None:
         hint = f"; did you mean {nearby[-1]}?" if nearby else ""
         raise ConfigError(f"run.resume {path}: {expected}, found {kind}{hint}")
     try:
-        verify_checkpoint(path)
-    except CheckpointError as error:
-        raise ConfigError(f"run.resume: {error.message}; choose another checkpoint, or restore this one") from None
+        verify_chosen(path)
+    except DamagedFileError as error:
+        raise ConfigError(f"run.resume: {error.message}") from None
 
 
 def _check_unused(path: Path, own: Path | None, run_dir: Path) -> None:

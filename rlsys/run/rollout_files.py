@@ -19,6 +19,7 @@ from rlsys.directory import RunDirectory
 from rlsys.errors import CheckpointError, DamagedFileError
 from rlsys.files import RecordFile, json_record
 from rlsys.interfaces import TokenValues
+from rlsys.run.lock import may_be_in_use
 from rlsys.run.rollouts import (
     FORMAT,
     READABLE,
@@ -213,6 +214,18 @@ def read_members(path: Path) -> Iterator[tuple[bytes, list[dict[str, Any]]]]:
 
 def _is_row(row: Any) -> bool:
     return isinstance(row, dict) and row.get("format") in READABLE and type(row.get("version")) is int
+
+
+def cut_off_faults(run_dir: Path) -> list[str]:
+    """Return the faults of files cut off inside their first step; none if a process may be writing them."""
+    if may_be_in_use(run_dir):
+        return []
+    paths = [path for _, path in rollout_files(RunDirectory(run_dir).rollouts)]
+    return [
+        f"{path}: expected rollouts, found the file cut off inside its first step; restore it"
+        for path in paths
+        if path.stat().st_size and not any(rows for _, rows in read_members(path))
+    ]
 
 
 def read_rollouts(run_dir: Path, first: int) -> dict[int, list[dict[str, Any]]]:

@@ -80,14 +80,17 @@ def run(source: Source, output: Path) -> dict[str, Any]:
     return report
 
 
-def is_report(content: bytes) -> bool:
-    """Return whether the content of a file is that of a report which `run` wrote."""
+def report_fault(content: bytes) -> str:
+    """Return why the content of a file is not that of a report which `run` wrote, or ""."""
     try:
         report = json.loads(content)
-    except (ValueError, RecursionError):
-        return False
-    counts = isinstance(report, dict) and all(isinstance(report.get(name), int) for name in ("trees", "failed"))
-    return counts and all(isinstance(report.get(name), dict) for name in ("rows", "duplicates", "trees_without_pair"))
+    except (ValueError, RecursionError) as error:
+        return f"not JSON: {error}"
+    if not isinstance(report, dict):
+        return f"expected a JSON object, found {type(report).__name__}"
+    kinds = {"trees": int, "failed": int, "rows": dict, "duplicates": dict, "trees_without_pair": dict}
+    lacks = [name for name, kind in kinds.items() if not isinstance(report.get(name), kind)]
+    return f"expected its key {lacks[0]}" if lacks else ""
 
 
 def card(rows: Mapping[str, int], *, nodes: bool = False) -> str:

@@ -45,6 +45,10 @@ class Place:
     failed: bool
 
 
+_Content = tuple[Sequence[Place], bool]
+"""The places of the whole lines of a file, and whether it ends with one."""
+
+
 def searches_of(run_dir: Path) -> tuple[SearchDirectory, SearchDirectory]:
     """Return the directories of a run that may hold trees: those of `rlsys search` and of the stage `search`."""
     return SearchDirectory(run_dir), RunDirectory(run_dir).search_stage
@@ -71,12 +75,18 @@ class TreeIndex:
 
     Args:
         run_dir: a run directory.
+
+    Attributes:
+        places: the places of the trees.
+        cut_off: files that are empty or end within a line. A search puts whole files in place (see `TreeStore`), so
+            they are damaged.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.searches = searches_of(run_dir)
         self.places: list[Place] = []
-        self._files: dict[Path, tuple[tuple[int, int], list[Place]]] = {}
+        self.cut_off: list[Path] = []
+        self._files: dict[Path, tuple[tuple[int, int], _Content]] = {}
         self._tree = lru_cache(maxsize=64)(_read_tree)
 
     def refresh(self) -> None:
@@ -86,23 +96,26 @@ class TreeIndex:
             DataError: a file cannot be read.
         """
         places: list[Place] = []
+        cut_off: list[Path] = []
         for number, search in enumerate(self.searches):
             for path in tree_files(search):
-                places += self._file_places(path, number)
-        self.places = places
+                content, is_whole = self._file_places(path, number)
+                places += content
+                cut_off += [] if is_whole else [path]
+        self.places, self.cut_off = places, cut_off
 
     def has_files(self) -> bool:
         """Return whether there is a file of trees, without reading it."""
         return any(next(search.trees.glob("**/[0-9]*.json*"), None) for search in self.searches)
 
-    def _file_places(self, path: Path, search: int) -> Sequence[Place]:
+    def _file_places(self, path: Path, search: int) -> _Content:
         try:
             status = path.stat()
             version = (status.st_mtime_ns, status.st_size)
             if path not in self._files or self._files[path][0] != version:
                 self._files[path] = (version, _scan(path, search))
         except FileNotFoundError:  # an open tree that has just moved into its shard
-            return ()
+            return (), True
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error}") from error
         return self._files[path][1]
@@ -120,15 +133,15 @@ class TreeIndex:
         return self.searches[self.places[number].search]
 
 
-def _scan(path: Path, search: int) -> list[Place]:
-    """Return the places of the whole lines of a file."""
-    places, start = [], 0
+def _scan(path: Path, search: int) -> _Content:
+    places, start, is_whole = [], 0, False
     with path.open("rb", buffering=_BUFFER) as file:
         for line in file:
-            if line.endswith(b"\n"):  # a file that is still being written ends within a line
+            is_whole = line.endswith(b"\n")
+            if is_whole:
                 places.append(_place(path, search, start, line))
             start += len(line)
-    return places
+    return places, is_whole
 
 
 def _place(path: Path, search: int, start: int, line: bytes) -> Place:

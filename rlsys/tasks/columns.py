@@ -195,7 +195,8 @@ def _read(values: Mapping[str, Any], name: str, read: Callable[[Any], Content]) 
     try:
         return read(unfolded(_cell(values, name)))
     except DataError as error:
-        raise DataError(f"column {name!r}: {error.message}") from None
+        is_missing = name.partition(".")[0] not in values
+        raise DataError(f"column {name!r}: {'missing in this row' if is_missing else error.message}") from None
 
 
 def _question(cell: Any) -> Question:

@@ -34,12 +34,15 @@ def page(runs: Sequence[RunFiles]) -> str:
         "version": version,
         "rollouts": pages.rollout_groups(_within(rows)),
         **pages.colouring(rows),
+        "cut_off_rollouts": [] if rows else run.cut_off_rollouts(),
         "views": _trees(run),
         "total": len(run.trees.places),
+        "cut_off": run.trees.cut_off,
         "style": _text("uplot.css") + _text("style.css"),
         "script": _text("uplot.js") + _text("curves.js"),
     }
-    values["trained"] = not values["views"] or bool(values["groups"] or values["lines"] or values["rollouts"])
+    shown = ("groups", "lines", "rollouts", "cut_off_rollouts")
+    values["trained"] = not values["views"] or any(values[name] for name in shown)
     return pages.environment().get_template("export.html").render(values)
 
 

@@ -97,6 +97,7 @@ def rollouts(run: RunFiles, version: int | None, order: str, colour: str = "") -
         "before": before,
         "after": after,
         "order": order,
+        "cut_off": [] if rows else run.cut_off_rollouts(),
         "groups": rollout_groups(rollout_rows.ordered(rows, order)),
         **colouring(rows, colour),
     }
@@ -158,6 +159,7 @@ def tree_list(run: RunFiles, page: int, query: str, only: str) -> Values:
     return {
         "rows": rows,
         "total": len(places),
+        "cut_off": run.trees.cut_off,
         "solved": sum(place.right for place in places),
         "matches": len(numbers),
         "number": page,

@@ -14,8 +14,8 @@ from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.directory import RunDirectory, SearchDirectory
 from rlsys.errors import ConfigError, DamagedFileError, RlsysError
-from rlsys.run.lock import read_owner
-from rlsys.run.rollout_files import rollout_files, rows_by_version
+from rlsys.run.lock import may_be_in_use
+from rlsys.run.rollout_files import cut_off_faults, rollout_files, rows_by_version
 from rlsys.search.tree_index import TreeIndex
 
 Row = dict[str, Any]
@@ -59,8 +59,7 @@ class RunFiles:
     @property
     def is_live(self) -> bool:
         """Whether a process uses the directory, as far as its lock tells."""
-        owner = read_owner(self.path)
-        return owner is not None and (owner.alive or not owner.here)
+        return may_be_in_use(self.path)
 
     def rows(self) -> Sequence[Row]:
         """Return the rows of metrics.jsonl. Only new lines are read; lines that are no rows are counted as damaged."""
@@ -104,6 +103,10 @@ class RunFiles:
                 nearest = min(by_version, key=lambda kept: (abs(kept - wanted), kept))
                 return nearest, by_version[nearest]
         return 0, []
+
+    def cut_off_rollouts(self) -> list[str]:
+        """Return the faults of files of rollouts that are cut off inside their first step."""
+        return cut_off_faults(self.path)
 
     def neighbours(self, version: int) -> tuple[int | None, int | None]:
         """Return the kept weight versions before and after one."""

@@ -63,7 +63,7 @@ OVERRIDES = [
     ("learner.sequence_parallel=3", "learner.ranks 2 must be a multiple of learner.sequence_parallel 3"),
     ("objective.loss_aggregation=mean", "objective.loss_aggregation: "),
     ("sampling.max_tokens=128", "sampling.max_tokens 128 leaves no room for a prompt in actors.max_model_len 128"),
-    ("stages=[online, online]", "stages names a stage twice"),
+    ("stages=[online, online]", "on the command line: stages: expected each stage once, found online 2 times"),
     ("train.max_steps", "expected section.key=value"),
     ("model={path: /nowhere/model}", "model.path /nowhere/model: "),
     ("model={path: not-there/at-all}", "model.path not-there/at-all: "),
@@ -143,7 +143,7 @@ BAD_ROWS = {
     "no_object": (b'["1+1?", "2"]', "expected a JSON object, found list"),
     "wrong_type": (b'{"question": "1+1?", "answer": {"value": 2}}', "column 'answer': expected text, found "),
     "null_answer": (b'{"question": "1+1?", "answer": null}', "column 'answer': expected text, found null"),
-    "no_answer": (b'{"question": "1+1?"}', "column 'answer': expected text, found null"),
+    "no_answer": (b'{"question": "1+1?"}', "column 'answer': missing in this row"),
     "bad_utf8": (b'{"question": "1+1\xff?", "answer": "2"}', "not UTF-8"),
     "half_surrogate": (b'{"question": "\\ud800", "answer": "2"}', "column 'question': expected text, found "),
     "twice": (

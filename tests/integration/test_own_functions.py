@@ -96,5 +96,5 @@ def test_a_function_that_returns_the_wrong_thing_ends_the_run(finished_run: Fini
     config = own(finished_run) | {"rewards": {"functions": [{"fn": "my_parts.py:wrong"}]}}
     with commands() as start:
         message = train(start, folder, config).fail(1)
-    assert "reward function wrong: expected a list of one number or None, found float" in message
+    assert "reward function wrong: expected a list of one number or None for each completion, found " in message
     assert "Traceback" not in message

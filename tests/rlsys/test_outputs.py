@@ -72,11 +72,22 @@ def test_tables_replace_only_those_of_the_same_command(tmp_path: Path) -> None:
 OWN_REPORT = {"trees": 3, "failed": 0, "rows": {"supervised": 2}, "duplicates": {}, "trees_without_pair": {}}
 
 
-@pytest.mark.parametrize("content", [b"{}", b"", b"\xff", b'{"my": "own report"}', b'{"trees": 3, "rows": 2}', b"[1]"])
-def test_a_report_of_something_else_does_not_give_tables_away(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("content", "fault"),
+    [
+        (b"{}", "expected its key trees"),
+        (b"", "not JSON: Expecting value"),
+        (json.dumps(OWN_REPORT).encode()[:60], "not JSON: "),
+        (b"\xff", "not JSON: "),
+        (b'{"my": "own report"}', "expected its key trees"),
+        (b'{"trees": 3, "failed": 0, "rows": 2}', "expected its key rows"),
+        (b"[1]", "expected a JSON object, found list"),
+    ],
+)
+def test_a_report_of_something_else_does_not_give_tables_away(tmp_path: Path, content: bytes, fault: str) -> None:
+    (tmp_path / "README.md").touch()
     (tmp_path / "report.json").write_bytes(content)
-    with pytest.raises(ConfigError, match=r"it has a file report\.json that `rlsys extract` did not write"):
+    with pytest.raises(ConfigError, match=rf"report\.json is not a report of `rlsys extract` \({fault}"):
         extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)
     (tmp_path / "report.json").write_text(json.dumps(OWN_REPORT))
-    (tmp_path / "README.md").touch()
     extract_command.check_output(tmp_path, tmp_path / "run", overwrite=False)

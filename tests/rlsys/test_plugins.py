@@ -31,6 +31,15 @@ def test_an_exception_names_the_innermost_line_of_the_user(tmp_path: Path) -> No
     assert raised_text(ValueError("x" * 1000)) == f"ValueError: {'x' * 400}"
 
 
+def test_a_name_that_is_missing_lists_what_the_file_itself_defines(tmp_path: Path) -> None:
+    text = "import os\nfrom json import loads\nLIMIT = 3\ndef _hidden(): pass\n"
+    (tmp_path / "none.py").write_text(text)
+    (tmp_path / "some.py").write_text(text + "class Game: pass\ndef reward(): pass\n")
+    for name, listed in (("some", "Game, reward"), ("none", "no function or class of its own")):
+        with pytest.raises(ConfigError, match=rf"{name}\.py has no 'nothere'; it has {listed}$"):
+            load_plugin(f"{name}.py:nothere", str(tmp_path), "rewards.fn")
+
+
 def test_every_named_file_has_a_digest(tmp_path: Path) -> None:
     (tmp_path / "a.py").write_text("x = 1")
     (tmp_path / "own_module_b.py").write_text("x = 1")

@@ -49,6 +49,22 @@ def array(completions, **kwargs):
 def raises(completions, **kwargs):
     raise KeyError("solution")
 
+def arrays(completions, **kwargs):
+    return [np.array([1, 2])]
+
+def no_dimension(completions, **kwargs):
+    return np.array(3.0)
+
+def exits(completions, **kwargs):
+    raise SystemExit(3)
+
+class Sized:
+    def __len__(self):
+        raise KeyError("length")
+
+def no_length(completions, **kwargs):
+    return Sized()
+
 def returns(completions, value, **kwargs):
     return value
 
@@ -125,11 +141,30 @@ def test_a_number_of_numpy_is_a_reward(folder: str) -> None:
             {"fn": "mine.py:misspelt"},
             "did you mean reference? it can take answer, reference, prompts, ",
         ),
-        ({"fn": "mine.py:returns", "arguments": {"value": 3.0}}, "expected a list of one number or None, found float"),
-        ({"fn": "mine.py:returns", "arguments": {"value": [1, 2]}}, "for one completion, found 2"),
-        ({"fn": "mine.py:returns", "arguments": {"value": "1"}}, "found str"),
+        (
+            {"fn": "mine.py:returns", "arguments": {"value": 3.0}},
+            "reward function returns: expected a list of one number or None for each completion, found 3.0",
+        ),
+        ({"fn": "mine.py:returns", "arguments": {"value": [1, 2]}}, "found 2 entries for one completion"),
+        ({"fn": "mine.py:returns", "arguments": {"value": "1"}}, "found '1'"),
         ({"fn": "mine.py:returns", "arguments": {"value": ["1"]}}, "found '1'"),
         ({"fn": "mine.py:returns", "arguments": {"value": [float("nan")]}}, "found nan"),
+        ({"fn": "mine.py:returns", "arguments": {"value": [10**400]}}, "reward function returns: expected a list of"),
+        (
+            {"fn": "mine.py:arrays"},
+            "reward function arrays: expected a list of one number or None for each completion, found array([1, 2])",
+        ),
+        ({"fn": "mine.py:no_dimension"}, "reward function no_dimension: expected a list of one number"),
+        ({"fn": "mine.py:exits"}, "reward function exits: SystemExit: 3 (mine.py:"),
+        ({"fn": "mine.py:no_length"}, "reward function no_length: KeyError: 'length' (mine.py:"),
+        (
+            {"fn": "mine.py:returns", "arguments": {"value": [1e308]}, "weight": 100},
+            "weighted sum of the rewards task 0, returns 1e+308: expected a finite reward, found inf",
+        ),
+        (
+            {"fn": "mine.py:returns", "arguments": {"value": [2e6]}},
+            "weighted sum of the rewards task 0, returns 2e+06: expected a reward from -1e+06 to 1e+06, found 2e+06",
+        ),
     ],
 )
 def test_a_fault_of_a_function_is_an_error_that_names_it(folder: str, function: Any, message: str) -> None:
@@ -141,7 +176,7 @@ def test_a_fault_of_a_function_is_an_error_that_names_it(folder: str, function: 
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        ({"fn": "mine.py:missing"}, "mine.py has no 'missing'; it has asyncio, np, brevity"),
+        ({"fn": "mine.py:missing"}, "mine.py has no 'missing'; it has brevity, of_columns"),
         (
             {"fn": "other.py:brevity"},
             "rewards.functions.0.fn 'other.py:brevity': cannot import other.py: no such file ",

@@ -11,7 +11,7 @@ from rlsys.commands import check
 from rlsys.config.files import load_config, parse_config
 from rlsys.config.schema import Config
 from rlsys.errors import ConfigError
-from rlsys.launch import devices, session
+from rlsys.launch import devices, resources, session
 from rlsys.run.checkpoints import CheckpointStore
 
 TASK = """
@@ -69,6 +69,14 @@ def test_the_summary_is_short_and_ends_with_a_verdict(folder: Path, capsys: pyte
     assert "processes   1 actor, 1 learner rank" in lines
     assert lines[-1] == "ok" and len(lines) < 15
     assert not (folder / "runs").exists()
+
+
+def test_threads_are_whole_numbers(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(resources.ResourcePlan, "check", lambda _plan: None)
+    lines = lines_of(config(actors={"count": 1, "threads": 1234}), capsys)
+    assert any(" 1,234 of " in line and " threads for rollout" in line for line in lines)
 
 
 def test_the_resolved_config_is_an_option(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

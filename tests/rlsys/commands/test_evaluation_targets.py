@@ -121,6 +121,14 @@ def test_a_format_of_a_newer_version_is_named(run: Path) -> None:
         find_target(str(run))
 
 
+def test_a_damaged_checkpoint_has_a_remedy(run: Path) -> None:
+    checkpoint = run / "checkpoints" / "step_000002"
+    file = checkpoint / "policy" / "config.json"
+    file.write_bytes(bytes(reversed(file.read_bytes())))
+    with pytest.raises(DamagedFileError, match=r"expected sha256 .*; choose another checkpoint, or restore"):
+        find_target(str(checkpoint))
+
+
 def test_a_folder_elsewhere_needs_a_config(run: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere" / "model"
     elsewhere.mkdir(parents=True)

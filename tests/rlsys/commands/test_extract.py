@@ -23,7 +23,7 @@ from rlsys.config.files import dump_config, parse_config
 from rlsys.data.inputs import prepare_model
 from rlsys.errors import ConfigError, DataError
 from rlsys.search.codec import TagCodec
-from rlsys.search.export import is_report
+from rlsys.search.export import report_fault
 from rlsys.search.tree_json import tree_line
 from rlsys.tables.schemas import TABLES
 from rlsys.tables.write import whole_or_nothing
@@ -201,7 +201,7 @@ def test_masks_of_steps_leave_out_what_the_search_put_there(
 def test_the_report(extracted: tuple[Path, dict[str, Any]], codec: TagCodec) -> None:
     folder, report = extracted
     assert json.loads((folder / "report.json").read_text()) == report
-    assert is_report((folder / "report.json").read_bytes())
+    assert report_fault((folder / "report.json").read_bytes()) == ""
     assert [report[name] for name in ("trees", "failed", "solved", "missing")] == [3, 1, 2, 0]
     # p3 is p0 again: one supervised row, one pair, one step pair and three chains of steps are dropped.
     assert report["rows"] == {"supervised": 1, "preferences": 1, "step_preferences": 1, "step_values": 4}

@@ -13,7 +13,8 @@ from tree_samples import golden
 from viewed_run import step_record, write_rollouts
 
 from rlsys.commands.show import run
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, DamagedFileError
+from rlsys.run.lock import RunLock
 from rlsys.run.rollout_files import RolloutLog
 from rlsys.search.tree_json import tree_line
 
@@ -91,6 +92,15 @@ def test_a_step_that_is_not_kept_and_a_wrong_word_are_named(run_dir: Path) -> No
         shown(run_dir, pick="good")
     with pytest.raises(ConfigError, match=r"it has no rollouts; a run keeps those of run\.kept_prompts"):
         shown(run_dir / "rollouts", step=1)
+
+
+def test_a_file_that_is_cut_off_is_named(run_dir: Path) -> None:
+    path = run_dir / "rollouts" / "000300.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DamagedFileError, match=r"000300\.jsonl\.gz: expected rollouts, found the file cut off inside"):
+        shown(run_dir)
+    with RunLock(run_dir), pytest.raises(ConfigError, match="it has no rollouts"):
+        shown(run_dir)
 
 
 def test_rollouts_of_a_prompt(run_dir: Path) -> None:

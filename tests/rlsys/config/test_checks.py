@@ -24,7 +24,6 @@ RISING = ["objective.policy={weight: 0, final_weight: 1.0}"]
 # The mistakes that each rule refuses, as overrides of the minimal config, and a part of the message.
 REFUSED: dict[str, list[tuple[list[str], str]]] = {
     **TEACHER_REFUSED,
-    "stages_are_distinct": [(["stages=[online, online]"], "stages names a stage twice")],
     "completion_leaves_room_for_prompt": [
         (
             ["sampling.max_tokens=256"],

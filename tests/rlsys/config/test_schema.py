@@ -50,6 +50,7 @@ from rlsys.errors import ConfigError
         ({"run": None}, "run", "nothing (null)"),
         ({"stages": ["online", "sleep"]}, "stages.1", "'sleep'"),
         ({"stages": []}, "stages", "at least one entry"),
+        ({"stages": ["sft", "online", "online"]}, "stages", "expected each stage once, found online 2 times"),
         ({"model": {}}, "model", "exactly one of model.path and model.from_scratch"),
         ({"model__from_scratch": {}}, "model", "exactly one"),
         (

@@ -169,6 +169,8 @@ def test_check_names_field_and_numbers() -> None:
     plan([Need("all", "memory, GiB", 4.0, 4.0, "x")]).check()
     with pytest.raises(ConfigError, match=r"actors\.threads: the rollout phase needs 3 threads, this machine has 2"):
         plan([Need("rollout", "threads", 3, 2, "actors.threads")]).check()
+    with pytest.raises(ConfigError, match=r"the rollout phase needs 12,345 threads, this machine has 2;"):
+        plan([Need("rollout", "threads", 12345, 2, "actors.threads")]).check()
 
 
 def reviewer(config: Config) -> Searching:

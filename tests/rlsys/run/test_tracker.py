@@ -114,7 +114,7 @@ def test_a_missing_package_is_one_line(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 def test_a_tracker_named_twice_is_refused() -> None:
     values = config().model_dump(mode="json", exclude_unset=True)
-    with pytest.raises(ConfigError, match="names one twice"):
+    with pytest.raises(ConfigError, match=r"run\.trackers: expected each tracker once, found mlflow 2 times"):
         parse_config({**values, "run": {"dir": "unused", "trackers": ["mlflow", "mlflow"]}}, "test")
 
 

@@ -69,9 +69,19 @@ def test_new_and_changed_files_are_seen_and_a_cut_line_is_left_out(tmp_path: Pat
     path.write_text(path.read_text() + tree_line(WRONG)[:-9])
     made.refresh()
     assert [place.prompt_id for place in made.places] == ["p"]
+    assert made.cut_off == [path]
     path.write_text(tree_line(WRONG) + "\n")
     made.refresh()
     assert [place.prompt_id for place in made.places] == [WRONG.prompt_id]
+    assert made.cut_off == []
+
+
+def test_files_without_a_whole_line_are_named(tmp_path: Path) -> None:
+    shard = write(tmp_path / "trees", "00000.jsonl", golden())
+    shard.write_text(shard.read_text()[:500])
+    opened = write(tmp_path / "trees" / ".open", "7.json")
+    made = index(tmp_path)
+    assert (made.places, made.cut_off) == ([], [shard, opened])
 
 
 def test_a_damaged_tree_is_named_and_does_not_hide_the_others(tmp_path: Path) -> None:

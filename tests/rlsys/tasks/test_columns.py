@@ -255,6 +255,12 @@ def test_the_first_row_may_lack_the_answer(tmp_path: Path) -> None:
     assert notes[0] == f"task.path: 1 of 3 rows skipped, the first: {reason}"
 
 
+def test_a_row_without_a_column_that_others_have(tmp_path: Path) -> None:
+    rows = [{"question": "q"}, *({"question": text, "answer": "1"} for text in "abc")]
+    [note] = task_of(tmp_path, rows, max_bad_rows=0.5).notes()
+    assert note.endswith("a.jsonl:1: column 'answer': missing in this row")
+
+
 def test_an_exact_number_is_plain_text_that_travels_and_is_read_again(tmp_path: Path) -> None:
     """A run with such answers is sent to actors, saved and resumed."""
     rows = [{"question": "a", "answer": "X"}, {"question": "b", "answer": "X"}]

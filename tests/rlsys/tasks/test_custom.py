@@ -120,7 +120,7 @@ def test_the_digest_follows_the_code(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("Missing", {}, r"mine\.py has no 'Missing'; it has random, BaseTask"),
+        ("Missing", {}, r"mine\.py has no 'Missing'; it has Adds, make, "),
         ("number", {}, r"expected a class or a function, found int"),
         ("Adds", {"raises": "__init__"}, r"raised KeyError: 'no such table' \(mine\.py:10\)"),
         ("make", {"big": 1}, r".* as in make\(big=\.\.\., seed=\.\.\.\): got an unexpected keyword argument 'big'"),

@@ -139,7 +139,7 @@ BAD_ROWS = {
     '{"question": "", "answer": "1"}': "'question': expected text, found ''",
     '{"question": "q", "answer": null}': "'answer': expected text, found null",
     '{"question": ["q"], "answer": "#### 1"}': "'question': expected text",
-    '{"question": "q"}': "'answer': expected text",
+    '{"question": "q"}': "'answer': missing in this row",
     '{"question": "q", "answer": "1"}': "no answer that matches task.answer_pattern",
     '{"question": "q", "answer": NaN}': "'answer': expected text, found float 'nan'",
     '{"question": "\\ud800", "answer": "#### 1"}': "'question': expected text",

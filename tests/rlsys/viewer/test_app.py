@@ -19,6 +19,7 @@ from viewed_run import ATTACK, step_record, write_metrics, write_rollouts, write
 
 from rlsys.errors import ConfigError
 from rlsys.interfaces import TokenValues
+from rlsys.run.lock import RunLock
 from rlsys.run.rollout_files import RolloutLog, read_rollouts, record
 from rlsys.search.marks import read_marks
 from rlsys.search.tree_json import read_trees, tree_line
@@ -249,6 +250,26 @@ def test_damaged_files_are_named_on_their_page_alone(run_dir: Path) -> None:
     assert [served.get(path).status_code for path in ("/", "/timeline", "/tree/1")] == [200, 200, 200]
     listed = served.get("/trees")
     assert listed.status_code == 200 and "format 1, found 9" in listed.text and '"/tree/1?run=0"' in listed.text
+
+
+@pytest.mark.parametrize("kept", [500, -9])
+def test_a_shard_that_is_cut_off_is_named(run_dir: Path, kept: int) -> None:
+    shard = run_dir / "trees" / "00000.jsonl"
+    shard.write_text(shard.read_text()[:kept])
+    words = f"{shard}: expected a line end, found the file cut off"
+    assert words in client(run_dir).get("/trees").text
+    assert words in page([RunFiles(run_dir)])
+
+
+def test_a_file_of_rollouts_that_is_cut_off_is_named_unless_the_run_writes_it(run_dir: Path) -> None:
+    path = run_dir / "rollouts" / "000000.jsonl.gz"
+    path.write_bytes(path.read_bytes()[:100])
+    words = f"{path}: expected rollouts, found the file cut off inside its first step; restore it"
+    assert words in client(run_dir).get("/rollouts").text
+    assert words in page([RunFiles(run_dir)])
+    with RunLock(run_dir):
+        assert "No rollouts are kept here" in client(run_dir).get("/rollouts").text
+        assert "No rollouts are kept." in page([RunFiles(run_dir)])
 
 
 def test_trees_are_listed_by_page_prompt_and_result(tmp_path: Path) -> None:
