@@ -118,7 +118,7 @@ def check_expansion(path: Path, where: str) -> None:
 def check_file(path: Path, where: str) -> None:
     """Raise DataError if a file is missing, or only names its content in Git LFS."""
     if not path.is_file():
-        raise DataError(f"{where}: no such file{origin(str(path))}")
+        raise DataError(f"{where}: no such file{origin(str(path), is_file=True)}")
     if is_lfs_pointer(path):
         raise DataError(f"{where}: expected data, found a Git LFS pointer; run git lfs pull")
 
