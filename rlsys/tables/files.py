@@ -156,7 +156,12 @@ def json_object(line: bytes) -> dict[str, Any] | str:
 
 
 def _json_value(text: bytes, lines: Sequence[int] = ()) -> Any:
-    """Return the value of a JSON text, or the reason why it cannot be read. A text of several lines has `lines`."""
+    """Return the value of a JSON text, or the reason why it cannot be read.
+
+    Args:
+        text: the text.
+        lines: numbers of its lines in the file, for a text of several lines.
+    """
     try:
         value = json.loads(
             text.decode("utf-8-sig").rstrip(), object_pairs_hook=_without_repeats, parse_float=ExactFloat
