@@ -6,6 +6,8 @@ import difflib
 import re
 from pathlib import Path
 
+from rlsys.errors import ConfigError
+
 CONFIGS = Path("configs")
 """Folder in which configs are looked up, relative to the folder of the command."""
 SCRIPTS = {
@@ -20,6 +22,12 @@ _LOCAL = re.compile(r"^(/|\.{1,2}/|~|runs/)|/.*/|/(stages|checkpoints)(/|$)")
 def is_local(name: str) -> bool:
     """Return whether a name can only be a path here, and no id on the hub."""
     return bool(_LOCAL.search(name))
+
+
+def check_run_folder(path: Path) -> None:
+    """Raise ConfigError with a hint if the folder of a run does not exist; see `origin`."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder{origin(str(path))}")
 
 
 def origin(name: str, *, is_file: bool = False) -> str:

@@ -12,7 +12,8 @@ from rich.console import Console
 from rlsys.config.files import load_config
 from rlsys.directory import RunDirectory
 from rlsys.display import print_lines
-from rlsys.errors import ConfigError, RlsysError
+from rlsys.errors import ConfigError, DamagedFileError, RlsysError
+from rlsys.run.journal import read_heartbeat
 from rlsys.run.judgements import by_reward, heading
 from rlsys.run.metrics import read_rows
 from rlsys.run.rollout_files import read_rollouts, rollout_files
@@ -47,9 +48,20 @@ def find_rows(run_dir: Path, step: int | None, prompt_id: str = "") -> Rows:
         where = f" in step {step}" if step is not None else ""
         raise ConfigError(f"{run_dir}: it has no tree and no kept rollouts of prompt {prompt_id!r}{where}")
     if not steps:
-        raise ConfigError(f"{run_dir}: it has no rollouts; a run keeps those of run.kept_prompts prompts of a step")
+        rule = f"a run keeps those of run.kept_prompts prompts of a step{early_end(run_dir)}"
+        raise ConfigError(f"{run_dir}: it has no rollouts; {rule}")
     near = min(steps, key=lambda kept: abs(kept - (step or 0)))
     raise ConfigError(f"--step: no rollouts of step {step} are kept; the nearest step with some is {near}")
+
+
+def early_end(run_dir: Path) -> str:
+    """Return the end of a message that a run has nothing to show, if its last command ended early."""
+    try:
+        beat = read_heartbeat(run_dir)
+    except DamagedFileError:
+        return ""
+    is_early = beat is not None and beat.end.startswith(("failed", "interrupted"))
+    return f"; it ended early: `rlsys status {run_dir}` has the reason" if is_early else ""
 
 
 def show_rollouts(rows: Rows, pick: str | None, console: Console) -> None:

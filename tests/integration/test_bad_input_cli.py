@@ -306,7 +306,7 @@ def test_a_full_run_directory_is_said_in_one_line_before_anything_starts(tmp_pat
     config = write_config(tmp_path, {**TINY, "model": {"path": str(tmp_path / "model")}})
     done = _command("train", config, file_bytes=50)
     path = tmp_path / "run" / "config.yaml"
-    assert done.stderr == f"error: CheckpointError: {path}: could not be written: [Errno 27] File too large\n"
+    assert done.stderr == f"error: {path}: could not be written: [Errno 27] File too large\n"
     assert (done.returncode, done.stdout) == (1, "")  # the disk is at fault, not the input
     assert {path.name for path in path.parent.iterdir()} == {"lock"}
 

@@ -62,8 +62,8 @@ def raising(error: BaseException) -> Callable[[], None]:
     [
         (ConfigError("train.max_steps: wrong"), 2, "error: train.max_steps: wrong"),
         (DamagedFileError("a: cannot be read; restore it"), 2, "error: a: cannot be read; restore it"),
-        (CheckpointError("no space left"), 1, "error: CheckpointError: no space left"),
-        (EngineError("actor 0 died: why"), 1, "error: EngineError: actor 0 died: why"),
+        (CheckpointError("no space left"), 1, "error: no space left"),
+        (EngineError("actor 0 died: why"), 1, "error: actor 0 died: why"),
         (InterruptedRunError("SIGTERM; the state is saved"), 143, "stopped by SIGTERM; the state is saved"),
         (AbortedRunError("SIGINT before anything was trained"), 130, "stopped by SIGINT before anything was trained"),
         (AbortedRunError("SIGTERM"), 143, "stopped by SIGTERM"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 from pathlib import Path
@@ -16,7 +17,8 @@ from viewed_run import step_record, write_rollouts
 
 from rlsys.commands.show import run
 from rlsys.config.files import dump_config
-from rlsys.errors import ConfigError
+from rlsys.errors import ConfigError, EngineError
+from rlsys.run.journal import Journal
 from rlsys.run.rollout_files import RolloutLog
 from rlsys.search.tree_json import tree_line
 
@@ -114,6 +116,19 @@ def test_a_step_that_is_not_kept_and_a_wrong_word_are_named(run_dir: Path) -> No
         shown(run_dir, pick="good")
     with pytest.raises(ConfigError, match=r"it has no rollouts; a run keeps those of run\.kept_prompts"):
         shown(run_dir / "rollouts", step=1)
+
+
+def test_a_run_that_ended_early_names_the_command_that_has_the_reason(tmp_path: Path) -> None:
+    with contextlib.suppress(EngineError), Journal(tmp_path):
+        raise EngineError("2 of 8 verifications failed")
+    reason = f"; it ended early: `rlsys status {tmp_path}` has the reason$"
+    for options, message in (({}, "found neither in it nor in .*"), ({"pick": "wrong"}, "it has no rollouts; .*")):
+        with pytest.raises(ConfigError, match=message + reason):
+            shown(tmp_path, **options)
+    with Journal(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match="kept_prompts prompts of a step$"):
+        shown(tmp_path, pick="wrong")
 
 
 def test_rollouts_of_a_prompt(run_dir: Path) -> None:
