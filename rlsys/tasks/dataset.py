@@ -234,7 +234,12 @@ def _check_not_empty(
             if config.held_out_path is None
             else f"{fields[1]} {config.held_out_path}"
         )
-        raise DataError(f"{rule}: no row is left for evaluation")
+        remedy = (
+            "lower task.held_out_every, add rows, or name other data in task.held_out_path"
+            if config.held_out_path is None
+            else f"give {fields[1]} readable rows, or leave it out"
+        )
+        raise DataError(f"{rule}: no row is left for evaluation; {remedy}")
     if not train:
         other = (
             f"give {fields[1]} other rows, or leave it out"

@@ -189,7 +189,10 @@ def test_a_prompt_fits_to_the_token(refused, accepted, tmp_path: Path, place: in
 
 
 DIRECTORIES = [
-    ("/proc/rlsys", ": /proc/rlsys/lock cannot be locked: "),  # nobody can make a folder there
+    (
+        "/proc/rlsys",
+        ": /proc/rlsys cannot be created (No such file or directory); choose another run.dir",
+    ),  # nobody can make a folder there
     ("{tmp}/file/run", " {tmp}/file/run: expected a folder, but {tmp}/file is no folder; choose another run.dir"),
     ("{tmp}/file", " {tmp}/file: expected a folder, but {tmp}/file is no folder; choose another run.dir"),
 ]

@@ -200,7 +200,7 @@ def test_unusable_data_sets_say_what_to_change(tmp_path):
         ({"path": path}, r"task\.question_column: .*no column 'question'; its columns are problem, solution"),
         (
             {"path": path, "question_column": "problem", "answer_column": "solution"},
-            r"one in task\.held_out_every 10 of task\.path .*: no row is left for evaluation",
+            r"one in task\.held_out_every 10 of task\.path .*: no row is left for evaluation; lower .*, add rows",
         ),
         ({"path": path, "answer_pattern": "("}, r"task\.answer_pattern '\(': not a regular expression"),
         ({"path": path, "answer_pattern": "a"}, r"task\.answer_pattern 'a': expected a group"),
