@@ -99,7 +99,12 @@ def check_sources(values: Any, folder: str, field: str = "") -> None:
         if key in ("fn", "estimator") and isinstance(value, str) and ":" in value:
             _check_source(value, folder, name)
             top = value.partition(":")[0].partition(".")[0]
-            if not value.partition(":")[0].endswith(".py") and top not in sys.modules and not _found(top, folder):
+            if (
+                top
+                and not value.partition(":")[0].endswith(".py")
+                and top not in sys.modules
+                and not _found(top, folder)
+            ):
                 raise ConfigError(f"{name} {value!r}: cannot import {top}: no such module, also looked for in {folder}")
         check_sources(value, folder, name)
 

@@ -77,8 +77,8 @@ def _few_problems(config: Config, prepared: Prepared) -> list[str]:
     if size is None or size >= count or not any(plan.loop == "online" for plan in stage_plans(config)):
         return []
     return [
-        f"train.groups_per_step {count} exceeds the {size} training problems: a step has some of them more than once; "
-        "add problems, or lower it"
+        f"train.groups_per_step {count} exceeds the number of training problems, {size}: a step has some of them more "
+        "than once; add problems, or lower it"
     ]
 
 

@@ -26,7 +26,7 @@ LARGEST = 4 * 2**20
 
 
 _PLAIN = {
-    "<block end>": "this line does not go on what stands above it; check the indentation of both",
+    "<block end>": "this line does not fit those above it; check the indentation",
     "mapping values are not allowed here": "no second colon can stand here; check the indentation of this line and the "
     "one above, and put a text with a colon in quotes",
     "could not find expected ':'": "expected `key: value`, found no colon; check the indentation, and the line above",

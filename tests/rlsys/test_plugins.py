@@ -54,8 +54,8 @@ def test_a_file_that_is_not_there_has_no_digest(tmp_path: Path) -> None:
 
 def test_a_file_or_module_that_is_not_there_is_refused_without_an_import(tmp_path: Path) -> None:
     (tmp_path / "raises.py").write_text("raise ValueError")
-    functions = [{"fn": "format"}, {"fn": "raises.py:f"}, {"fn": "raises:f"}, {"fn": "json:loads"}]
+    functions = [{"fn": "format"}, {"fn": "raises.py:f"}, {"fn": "raises:f"}, {"fn": "json:loads"}, {"fn": ".x:f"}]
     check_sources({"rewards": {"functions": functions}, "objective": {"estimator": "k3"}}, str(tmp_path))
     for name, fault in (("none.py:f", f"no such file {tmp_path}/none.py"), ("own_module_c.inner:f", "no such module")):
-        with pytest.raises(ConfigError, match=f"^rewards.functions.4.fn '{name}': cannot import .*{fault}"):
+        with pytest.raises(ConfigError, match=f"^rewards.functions.5.fn '{name}': cannot import .*{fault}"):
             check_sources({"rewards": {"functions": [*functions, {"fn": name}]}}, str(tmp_path))

@@ -27,7 +27,7 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
         ("a: [1, 2", 1, "expected"),
         ("a: [1, 2\n", 2, "expected"),
         ("a:\n  b: 1\n    c: 2\n", 3, "^c.yaml:3: no second colon can stand here; check the indentation of this line"),
-        ("a:\n  b: 1\n c: 2\n", 3, "^c.yaml:3: this line does not go on what stands above it; check the indentation"),
+        ("a:\n  b: 1\n c: 2\n", 3, "^c.yaml:3: this line does not fit those above it; check the indentation"),
         ("- a\nb: 1\n", 2, "check the indentation"),
         ("a:\n  b: 1\n  c\n  d: 3\n", 4, "found no colon; check the indentation, and the line above"),
     ],
