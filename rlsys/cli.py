@@ -85,7 +85,7 @@ def _exit_with(command: Callable[[], None]) -> None:
         code = os.EX_TEMPFAIL if name == TIME_LIMIT else 128 + signal.Signals[name].value
         _fail(f"stopped by {error.message}", code)
     except RlsysError as error:
-        _fail(f"error: {type(error).__name__}: {error.message}", 1)
+        _fail(f"error: {error.message}", 1)
     except PermissionError as error:
         _fail(f"error: {_named(error)}; change the permissions, or choose another path", 2)
     except OSError as error:  # no space left

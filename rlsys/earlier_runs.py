@@ -6,6 +6,8 @@ import difflib
 import re
 from pathlib import Path
 
+from rlsys.errors import ConfigError
+
 CONFIGS = Path("configs")
 """Folder in which configs are looked up, relative to the folder of the command."""
 SCRIPTS = {
@@ -22,8 +24,19 @@ def is_local(name: str) -> bool:
     return bool(_LOCAL.search(name))
 
 
-def origin(name: str) -> str:
-    """Return the end of a message about a missing path: the command that writes it, or "" if unknown."""
+def check_run_folder(path: Path) -> None:
+    """Raise ConfigError with a hint if the folder of a run does not exist; see `origin`."""
+    if not path.exists():
+        raise ConfigError(f"{path}: no such folder{origin(str(path))}")
+
+
+def origin(name: str, *, is_file: bool = False) -> str:
+    """Return the end of a message about a missing path: the command that writes it, or "" if unknown.
+
+    Args:
+        name: the path.
+        is_file: whether the name can only be a file here, whatever it looks like.
+    """
     path = Path(name)
     inner = next((each for each in path.parents if each.name in ("stages", "checkpoints", "data")), None)
     run_dir = inner.parent if inner else path
@@ -34,17 +47,19 @@ def origin(name: str) -> str:
     config = _config_of(run_dir)
     if config is None:
         script = next((SCRIPTS[str(each)] for each in (path, *path.parents) if str(each) in SCRIPTS), None)
-        return f"; `python {script}` makes it" if script else _similar(path) or _relative(path)
+        return f"; `python {script}` makes it" if script else _similar(path) or _relative(path, is_file)
     command = f"`rlsys train {config}`"
     if inner is not None and inner.name == "data":
         command = f"`rlsys search {config}` and `rlsys extract {run_dir}`"
     return f"; {run_dir} does not exist: first run {command}"
 
 
-def _relative(path: Path) -> str:
-    """Return where a relative path of a run was looked up, or "" for another path."""
-    if path.is_absolute() or not is_local(str(path)):
+def _relative(path: Path, is_file: bool) -> str:
+    """Return where a relative path was looked up, or "" for another path."""
+    if path.is_absolute() or not (is_file or is_local(str(path))):
         return ""
+    if is_file:
+        return f"; it is relative to the current folder {Path.cwd()}: change to its folder, or give an absolute path"
     return (
         f"; it is relative to the current folder {Path.cwd()}: run the command in the folder where the run was started"
     )

@@ -84,6 +84,38 @@ def _found(name: str, folder: str) -> Any:
     return importlib.util.find_spec(name)
 
 
+def check_sources(values: Any, folder: str, field: str = "") -> None:
+    """Raise ConfigError if a config names a Python file or module that does not exist. None is imported.
+
+    Args:
+        values: the config, or a part of it, as plain values.
+        folder: see `load_plugin`.
+        field: dotted name of the part, for error messages.
+    """
+    if not isinstance(values, Mapping | list | tuple):
+        return
+    for key, value in values.items() if isinstance(values, Mapping) else enumerate(values):
+        name = f"{field}.{key}" if field else str(key)
+        if key in ("fn", "estimator") and isinstance(value, str) and ":" in value:
+            _check_source(value, folder, name)
+            top = value.partition(":")[0].partition(".")[0]
+            if (
+                top
+                and not value.partition(":")[0].endswith(".py")
+                and top not in sys.modules
+                and not _found(top, folder)
+            ):
+                raise ConfigError(f"{name} {value!r}: cannot import {top}: no such module, also looked for in {folder}")
+        check_sources(value, folder, name)
+
+
+def _check_source(name: str, folder: str, field: str) -> None:
+    """Raise ConfigError if the Python file of a name does not exist; see `load_plugin`."""
+    source = name.partition(":")[0]
+    if source.endswith(".py") and not (Path(folder) / source).is_file():
+        raise ConfigError(f"{field} {name!r}: cannot import {source}: no such file {Path(folder) / source}")
+
+
 def load_function(name: str, folder: str, field: str) -> Callable[..., Any]:
     """Return a function; see `load_plugin`.
 
@@ -108,9 +140,8 @@ def load_plugin(name: str, folder: str, field: str) -> Any:
     Raises:
         ConfigError: the module cannot be imported, or has no such object.
     """
+    _check_source(name, folder, field)
     source, _, attribute = name.partition(":")
-    if source.endswith(".py") and not (Path(folder) / source).is_file():
-        raise ConfigError(f"{field} {name!r}: cannot import {source}: no such file {Path(folder) / source}")
     try:
         module = _file_module(Path(folder) / source) if source.endswith(".py") else _module(source, folder)
     except (Exception, SystemExit) as error:

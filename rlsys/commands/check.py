@@ -14,6 +14,7 @@ from rlsys.config.files import dump_config
 from rlsys.config.risks import WARNING
 from rlsys.config.schema import Config
 from rlsys.config.search_values import FunctionValueConfig
+from rlsys.config.stages import stage_plans
 from rlsys.control.tree_search import demonstration_notes
 from rlsys.display import print_lines, standard_output
 from rlsys.launch.devices import missing_devices
@@ -65,7 +66,20 @@ def _notes(config: Config, prepared: Prepared) -> list[str]:
     others = [engines.role for engines in plan.auxiliary]
     lack = missing_devices(config, plan.gpus, learner=plan.ranks > 0, others=others)
     devices = [f"{WARNING}{lack}"] if lack else []
-    return sorted([*prepared.notes, *tags, *devices], key=lambda note: note.startswith(WARNING))
+    return sorted(
+        [*prepared.notes, *_few_problems(config, prepared), *tags, *devices], key=lambda note: note.startswith(WARNING)
+    )
+
+
+def _few_problems(config: Config, prepared: Prepared) -> list[str]:
+    """Return a note if an online step takes more prompts than there are training problems."""
+    count, size = config.train.groups_per_step, prepared.inputs.task.size("train")
+    if size is None or size >= count or not any(plan.loop == "online" for plan in stage_plans(config)):
+        return []
+    return [
+        f"train.groups_per_step {count} exceeds the number of training problems, {size}: a step has some of them more "
+        "than once; add problems, or lower it"
+    ]
 
 
 def _trials(config: Config, prepared: Prepared) -> Iterator[str]:

@@ -12,11 +12,13 @@ from typing import Any
 from rlsys.config.files import apply_override, load_config, parse_config, read_sections
 from rlsys.config.schema import Config
 from rlsys.directory import CheckpointDirectory, RunDirectory
+from rlsys.earlier_runs import is_local
 from rlsys.errors import ConfigError
 from rlsys.evaluation.records import problems_digest
 from rlsys.models.folder import given_model, is_policy
 from rlsys.run.manifest import MANIFEST, verify_chosen
 from rlsys.run.policies import locate_policy
+from rlsys.tables.files import file_kind
 from rlsys.tasks import build_task
 
 OVERRIDE = re.compile(r"[a-z_]+(\.[a-z0-9_]+)*=")
@@ -119,6 +121,7 @@ def find_tasks(
         config = load_config(base, overrides)
         tasks.append(NamedTask(_task_name(config), config))
         if config_path is None:
+            _check_relative_paths(config, base, overrides)
             _check_same_problems(targets, base, config, overrides)
     tasks += [_task_of_file(file, base, targets[0], overrides) for file in task_files]
     for name, count in Counter(task.name for task in tasks).items():
@@ -153,6 +156,32 @@ def _task_of_file(file: str, base: Path | None, target: Target, overrides: Seque
     return NamedTask(Path(file).stem, parse_config(values, f"--task {file}"))
 
 
+def _check_relative_paths(config: Config, file: Path, overrides: Sequence[str]) -> None:
+    """Raise if a relative path in the config of a run leads to no file in the current folder.
+
+    Args:
+        config: the config with its overrides.
+        file: the run's config.yaml.
+        overrides: the overrides, whose paths are not those of the file.
+    """
+    given = [override.partition("=")[0].strip() for override in overrides]
+    functions = [f"rewards.functions.{number}.fn" for number, _ in enumerate(config.rewards.functions)]
+    names = {f"task.{key}": value for key, value in config.task if key.endswith("path") and isinstance(value, str)}
+    named = {"task.fn": getattr(config.task, "fn", None), "environment.fn": config.environment.fn}
+    named |= dict(zip(functions, (each.fn for each in config.rewards.functions), strict=True))
+    names |= {key: name.partition(":")[0] for key, name in named.items() if name and ".py:" in name}
+    for key, name in names.items():
+        is_file = name.endswith(".py") or is_local(name) or file_kind(Path(name)) is not None
+        is_override = any(f"{key}.".startswith(f"{each}.") for each in given)
+        if is_override or not is_file or name[0] in "/~$" or Path(name).exists():
+            continue
+        remedy = "rewards.functions=[...] with absolute paths" if key in functions else f"{key}=/absolute/path"
+        raise ConfigError(
+            f"{key} {name} in {file}: no such file in the current folder {Path.cwd()}; a relative path is looked up in "
+            f"the folder of the command: start it in the folder of the run's first command, or give {remedy}"
+        )
+
+
 def _check_same_problems(targets: Sequence[Target], base: Path, config: Config, overrides: Sequence[str]) -> None:
     """Raise if the runs of the models have other held-out problems by their own configs."""
     digest = None
@@ -162,6 +191,7 @@ def _check_same_problems(targets: Sequence[Target], base: Path, config: Config, 
         own = load_config(target.config, overrides)
         if (own.task, own.run.seed) == (config.task, config.run.seed):
             continue
+        _check_relative_paths(own, target.config, overrides)
         digest = digest or _held_out_digest(config, config)
         if _held_out_digest(own, config) != digest:
             raise ConfigError(

@@ -12,6 +12,7 @@ from rlsys.config.files import load_config
 from rlsys.data.inputs import prepare_model
 from rlsys.directory import CARD, REPORT, RunDirectory, SearchDirectory
 from rlsys.display import print_lines, print_table
+from rlsys.earlier_runs import check_run_folder
 from rlsys.errors import ConfigError
 from rlsys.search.export import NO_PAIR, QUANTILES, Source, report_fault, run, source_of
 from rlsys.tables.schemas import TABLES
@@ -29,6 +30,7 @@ def find_source(run_dir: Path, overrides: Sequence[str]) -> Source:
     Raises:
         ConfigError: the folder holds no search, or an override changes a setting that decided the trees.
     """
+    check_run_folder(run_dir)
     path = RunDirectory(run_dir).config
     if not path.is_file():
         raise ConfigError(f"{run_dir}: expected the run directory of `rlsys search`, found no config.yaml in it")

@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.text import Text
 from rich.tree import Tree as Drawing
 
-from rlsys.commands.show_rollouts import PICKS, find_rows, has_rollouts, show_rollouts, show_wrong
+from rlsys.commands.show_rollouts import PICKS, early_end, find_rows, has_rollouts, show_rollouts, show_wrong
 from rlsys.directory import SearchDirectory
 from rlsys.display import print_lines, print_table, printable
+from rlsys.earlier_runs import check_run_folder
 from rlsys.errors import ConfigError
 from rlsys.search.outline import STOPS, heading, question_text, right_nodes
 from rlsys.search.tree_index import searches_of, tree_files
@@ -35,6 +36,7 @@ def run(run_dir: Path, prompt_id: str, console: Console, *, step: int | None = N
     """
     if pick is not None and pick not in PICKS:
         raise ConfigError(f"--pick: expected one of {', '.join(PICKS)}, found {pick!r}")
+    check_run_folder(run_dir)
     grown, asked_rollouts = _tree_files(run_dir), step is not None or pick is not None
     if asked_rollouts or (has_rollouts(run_dir) and not (prompt_id and grown)):
         if pick == "wrong":
@@ -67,7 +69,7 @@ def all_trees(run_dir: Path) -> Iterator[Tree | TreeFailure]:
     files = _tree_files(run_dir)
     if not files:
         expected = f"expected a run with rollouts or trees, found neither in it nor in {SearchDirectory(run_dir).trees}"
-        raise ConfigError(f"{run_dir}: {expected}")
+        raise ConfigError(f"{run_dir}: {expected}{early_end(run_dir)}")
     for path in files:
         yield from read_trees(path)
 

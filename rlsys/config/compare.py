@@ -64,7 +64,7 @@ def changed_fields(before: Config, now: Config) -> tuple[str, ...]:
     old, new = (flat_fields(config.model_dump(mode="json")) for config in (before, now))
     ignored = select_fields({**old, **new}, [*FIXED_FIELDS, *_COMMAND_FIELDS])
     names = [name for name in differing_names(old, new) if name not in ignored]
-    return tuple(f"{name} {old.get(name)} -> {new.get(name)}" for name in names)
+    return tuple(f"{name} {_written(old.get(name))} -> {_written(new.get(name))}" for name in names)
 
 
 def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str, hint: str = "") -> None:
@@ -84,9 +84,14 @@ def check_equal(before: Mapping[str, Any], now: Mapping[str, Any], where: str, h
         more = f", and {len(others) - SHOWN} more" if len(others) > SHOWN else ""
         also = f" (also different: {', '.join(others[:SHOWN])}{more})" if others else ""
         raise ConfigError(
-            f"{name} differs from {where}: expected {before.get(name)}, found {now.get(name)}; "
+            f"{name} differs from {where}: expected {_written(before.get(name))}, found {_written(now.get(name))}; "
             f"set it back, or start another run with run.dir=runs/NEW{hint if name == 'stages' else ''}{also}"
         )
+
+
+def _written(value: Any) -> str:
+    """Return a value as a config has it: null, true and false in the place of Python's names."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def differing_names(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -25,6 +25,15 @@ LARGEST = 4 * 2**20
 """Bytes of the largest file that is read as a config."""
 
 
+_PLAIN = {
+    "<block end>": "this line does not fit those above it; check the indentation",
+    "mapping values are not allowed here": "no second colon can stand here; check the indentation of this line and the "
+    "one above, and put a text with a colon in quotes",
+    "could not find expected ':'": "expected `key: value`, found no colon; check the indentation, and the line above",
+}
+"""Words of the parser in a problem, and what to tell the user in their place."""
+
+
 class _UniqueKeyLoader(yaml.SafeLoader):
     """A SafeLoader that refuses duplicate keys and YAML aliases."""
 
@@ -73,6 +82,7 @@ def parse_yaml(text: str, source: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = f"{source}:{mark.line + 1}" if mark else source
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        problem = next((plain for words, plain in _PLAIN.items() if words in problem), problem)
         lines = text.splitlines()
         line = lines[mark.line] if mark and mark.line < len(lines) else ""  # a text may end too early
         is_tab = "\t" in line[: len(line) - len(line.lstrip())]

@@ -288,7 +288,7 @@ class DatasetConfig(Section):
 
     @model_validator(mode="after")
     def _template(self) -> DatasetConfig:
-        check_template(self.prompt_template)
+        check_template(self.prompt_template, self.question_column)
         return self
 
 

@@ -25,12 +25,14 @@ class FailureLimit:
     Attributes:
         noun: the plural noun in messages, such as rollouts.
         field: the config field that holds `share`.
+        remedy: what else the user can do than raise the share.
         failed, total: counts so far; a resumed run begins with those of its checkpoint.
     """
 
     noun: str
     field: str
     share: float
+    remedy: str = "mend the cause"
     failed: int = 0
     total: int = 0
     _details: list[str] = dataclasses.field(default_factory=list)  # the first and the last failure of this command
@@ -60,7 +62,7 @@ class FailureLimit:
         if self.failed > allowed:
             raise TooManyFailuresError(
                 f"{self.failed} of {self.total} {self.noun} failed, more than {self.field} = {self.share:g}; "
-                f"{causes(*self._details)}"
+                f"{self.remedy}, or raise this key; {causes(*self._details)}"
             )
 
     def add_verdicts(self, groups: Sequence[TrajectoryGroup]) -> None:
@@ -92,7 +94,8 @@ def _verifications(group: TrajectoryGroup) -> tuple[int, int, list[str]]:
 def verifier_limit(share: float, failed: int = 0, total: int = 0) -> FailureLimit:
     """Return the limit of train.max_verifier_failures, beginning with the counts of a resumed run."""
     field = "train.max_verifier_failures"
-    return FailureLimit(noun="verifications", field=field, share=share, failed=failed, total=total)
+    remedy = "mend the function that failed (after a timeout, also rewards.timeout_s)"
+    return FailureLimit(noun="verifications", field=field, share=share, remedy=remedy, failed=failed, total=total)
 
 
 @dataclass(slots=True, kw_only=True)

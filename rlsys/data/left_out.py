@@ -60,7 +60,7 @@ class LeftOut:
         if count > self.share * self.total:
             raise DataError(
                 f"{self.where}: {count} of {self.total} {self.noun} are unusable, more than {self.limit} "
-                f"{self.share:g}; the first: {reasons}"
+                f"{self.share:g}; mend or remove them, or raise it; the first: {reasons}"
             )
         if self.total and count == self.total:
             raise DataError(f"{self.where}: all {count} {self.noun} are unusable; the first: {reasons}")

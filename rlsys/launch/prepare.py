@@ -40,6 +40,7 @@ from rlsys.launch.transports import check_transport
 from rlsys.models.adapters import AdapterSpec, check_adapter, read_adapter
 from rlsys.models.checks import Use, check_model
 from rlsys.models.folder import ModelFolder, given_model, is_adapter
+from rlsys.plugins import check_sources, command_folder
 from rlsys.run.checkpoints import CheckpointStore
 from rlsys.run.resume import Start, find_start
 from rlsys.run.trackers import check_installed
@@ -47,6 +48,8 @@ from rlsys.trees import Role
 from rlsys.types import Prompt
 
 Purpose = Literal["train", "check", "evaluate", "search"]
+READ_ALWAYS = {"task", "environment", "rewards", "search"}
+"""Sections with functions of the user that every command calls."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,10 +109,13 @@ def check_settings(config: Config, purpose: Purpose) -> None:
     Raises:
         ConfigError: run.address is not safe to use or does not answer; this machine lacks the GPUs of run.device (not
             for `check`: the config may be meant for another machine); run.dir cannot be written, or is relative on a
-            cluster; the processes cannot have weight_sync.transport; or a training run does not measure
+            cluster; the processes cannot have weight_sync.transport; a file with a function of the user does not exist;
+            or a training run does not measure
             checkpoint.best_metric, or has a tracker that is not installed.
     """
     check_address(config.run.address)
+    sections = {*Config.model_fields} if purpose in ("train", "check") else READ_ALWAYS
+    check_sources(config.model_dump(mode="json", include=sections), command_folder())
     lack = _missing_devices(config, purpose)
     if lack and purpose != "check":
         raise ConfigError(lack)

@@ -102,7 +102,8 @@ def _describe(error: BaseException | None) -> str:
         return "finished"
     if isinstance(error, InterruptedRunError | AbortedRunError):
         return f"interrupted by {error.message}"
-    return f"failed: {type(error).__name__}: {error.message if isinstance(error, RlsysError) else error}"
+    name = "" if isinstance(error, RlsysError) else f"{type(error).__name__}: "
+    return f"failed: {name}{error.message if isinstance(error, RlsysError) else error}"
 
 
 def _now() -> float:

@@ -33,8 +33,14 @@ class RunLock:
         self._descriptor = -1
 
     def __enter__(self) -> RunLock:
+        folder = self.path.parent
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"run.dir: {folder} cannot be created ({error.strerror}); choose another run.dir"
+            ) from error
+        try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o600)
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             os.ftruncate(self._descriptor, 0)

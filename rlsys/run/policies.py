@@ -15,6 +15,7 @@ from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.directory import CheckpointDirectory, RunDirectory, SearchDirectory
+from rlsys.earlier_runs import origin
 from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.models.folder import is_policy
 from rlsys.run.checkpoints import newest_first
@@ -103,7 +104,7 @@ def locate_policy(target: str, stage: str | None = None, step: int | None = None
         return PolicyPlace(run_dir=run_dir, folder=path, checkpoint=None)
     raise ConfigError(
         f"{target}: expected a run directory, one of its checkpoints, or a policy folder of its stages; found "
-        f"{'no config.yaml of a run in or above it' if path.is_dir() else 'no such folder'}"
+        f"{'no config.yaml of a run in or above it' if path.is_dir() else 'no such folder' + origin(target)}"
     )
 
 

@@ -15,6 +15,7 @@ from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.config.stages import stage_plans
 from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.earlier_runs import check_run_folder
 from rlsys.errors import ConfigError, DamagedFileError
 from rlsys.files import read_json
 from rlsys.models.folder import is_policy
@@ -166,6 +167,7 @@ def _lost_rows(directory: RunDirectory, rows: Sequence[object], checkpoint: Chec
 
 def _training_run(run_dir: Path) -> RunDirectory:
     """Return the paths of a run, or raise ConfigError if the folder holds none."""
+    check_run_folder(run_dir)
     directory, expected = RunDirectory(run_dir), "expected a run directory of `rlsys train`"
     if not directory.config.is_file():
         raise ConfigError(f"{run_dir}: {expected}, found no {directory.config.name} there")

@@ -42,10 +42,16 @@ class Row:
     Attributes:
         number: Line number (JSON lines) or row number, from 1.
         values: Values by column, or the reason why the row cannot be read.
+        line: Line of the file at which the row begins; None where a row is no line.
     """
 
     number: int
     values: dict[str, Any] | str
+    line: int | None = None
+
+    def place(self, path: str) -> str:
+        """Return where the row stands in a source, for messages."""
+        return f"{path}, row {self.number}" if self.line is None else f"{path}:{self.line}"
 
 
 class ExactFloat(float):
@@ -118,7 +124,7 @@ def check_expansion(path: Path, where: str) -> None:
 def check_file(path: Path, where: str) -> None:
     """Raise DataError if a file is missing, or only names its content in Git LFS."""
     if not path.is_file():
-        raise DataError(f"{where}: no such file{origin(str(path))}")
+        raise DataError(f"{where}: no such file{origin(str(path), is_file=True)}")
     if is_lfs_pointer(path):
         raise DataError(f"{where}: expected data, found a Git LFS pointer; run git lfs pull")
 
@@ -149,14 +155,24 @@ def json_object(line: bytes) -> dict[str, Any] | str:
     return value if isinstance(value, dict | str) else f"expected a JSON object, found {type_name(value)}"
 
 
-def _json_value(text: bytes) -> Any:
-    """Return the value of a JSON text, or the reason why it cannot be read."""
+def _json_value(text: bytes, lines: Sequence[int] = ()) -> Any:
+    """Return the value of a JSON text, or the reason why it cannot be read.
+
+    Args:
+        text: the text.
+        lines: numbers of its lines in the file, for a text of several lines.
+    """
     try:
-        value = json.loads(text.decode("utf-8-sig"), object_pairs_hook=_without_repeats, parse_float=ExactFloat)
+        value = json.loads(
+            text.decode("utf-8-sig").rstrip(), object_pairs_hook=_without_repeats, parse_float=ExactFloat
+        )
     except UnicodeDecodeError:
         return "not UTF-8"
     except DataError as error:
         return error.message
+    except json.JSONDecodeError as error:
+        line = f"line {lines[min(error.lineno, len(lines)) - 1]} " if lines else ""
+        return f"not JSON: {error.msg} at {line}column {error.colno}"
     except (ValueError, RecursionError) as error:
         return f"not JSON: {error}"
     return "expected a JSON object, found str" if isinstance(value, str) else value
@@ -179,7 +195,8 @@ def _json_rows(stream: IO[bytes], where: str, *, is_named_json: bool) -> Iterato
     values = json_object(first[1])
     if isinstance(values, str) and (text := first[1].removeprefix(b"\xef\xbb\xbf").lstrip()).startswith((b"[", b"{")):
         rest = list(numbered)
-        whole = _json_value(b"".join([text, *(line for _, line in rest)]))
+        numbers = [first[0], *(number for number, _ in rest)]
+        whole = _json_value(b"".join([text, *(line for _, line in rest)]), numbers)
         if isinstance(whole, list):
             yield from _array_rows(whole)
             return
@@ -191,9 +208,9 @@ def _json_rows(stream: IO[bytes], where: str, *, is_named_json: bool) -> Iterato
         numbered = (line for line in rest)
     elif isinstance(values, str) and not is_named_json:
         raise DataError(f"{where}: expected a file {READ_KINDS}, or the folder or hub id of a data set")
-    yield Row(number=first[0], values=values)
+    yield Row(number=first[0], values=values, line=first[0])
     for number, line in numbered:
-        yield Row(number=number, values=json_object(line))
+        yield Row(number=number, values=json_object(line), line=number)
 
 
 def _array_rows(entries: Sequence[Any]) -> Iterator[Row]:
@@ -207,7 +224,7 @@ def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
     text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     csv.field_size_limit(2**31 - 1)
     reader = csv.reader(text, delimiter=delimiter, strict=True)
-    number = 0
+    number = end = 0
     try:
         header = [name.strip() for name in next(reader, [])]
         _refuse_encoding(",".join(header).encode("utf-8", "surrogateescape"), where)
@@ -215,15 +232,18 @@ def _csv_rows(stream: IO[bytes], delimiter: str, where: str) -> Iterator[Row]:
             separator = "tabs" if delimiter == "\t" else "commas"
             raise DataError(f"{where}: expected columns separated by {separator}, found the header {header[0]!r}")
         refuse_repeats(header, where)
-        for cells in filter(None, reader):
+        end = reader.line_num  # of the row before
+        for cells in reader:
+            line, end = end + 1, reader.line_num
+            if not cells:
+                continue
             number += 1
             reason = f"expected {len(header)} cells, found {len(cells)}"
-            yield Row(
-                number=number, values=dict(zip(header, cells, strict=False)) if len(cells) == len(header) else reason
-            )
+            values = dict(zip(header, cells, strict=False)) if len(cells) == len(header) else reason
+            yield Row(number=number, values=values, line=line)
     except csv.Error as error:
         raise DataError(
-            f"{where}: not readable after row {number}: {error}; a cell that begins with a quotation mark must end "
+            f"{where}: not readable from line {end + 1} on: {error}; a cell that begins with a quotation mark must end "
             "with one, and those inside are doubled"
         ) from None
 

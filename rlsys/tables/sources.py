@@ -128,7 +128,7 @@ def _hugging_face_rows(path: str, part: Part, where: str) -> Iterator[Row]:
         data = data[part.split]
     if isinstance(data, list):
         rows = (row for path in data for row in file_rows(path, where))
-        yield from (replace(row, number=number) for number, row in enumerate(rows, 1))
+        yield from (replace(row, number=number, line=None) for number, row in enumerate(rows, 1))
         return
     short = short_float_columns(data.features.arrow_schema)
     for number, values in enumerate(data, 1):

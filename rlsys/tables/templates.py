@@ -21,7 +21,13 @@ def filled(template: str, values: Mapping[str, str]) -> str:
     return _FIELD.sub(lambda match: values.get(match[1], match[0]) if match[1] else match[0], template)
 
 
-def check_template(template: str) -> None:
-    """Raise ValueError if a prompt template has no field for the question."""
+def check_template(template: str, column: str | None = None) -> None:
+    """Raise ValueError if a prompt template has no field for the question.
+
+    Args:
+        template: the template.
+        column: the column of the question, if a config can name it.
+    """
     if QUESTION not in field_names(template):
-        raise ValueError("prompt_template must contain {question}")
+        meaning = f", which stands for the text of the column {column!r} (task.question_column)" if column else ""
+        raise ValueError(f"prompt_template must contain {{question}}{meaning}")

@@ -197,13 +197,14 @@ def _read_examples(source: Source, config: DatasetConfig, field: str) -> tuple[t
     for row in source.rows:
         example = columns.example(row)
         if isinstance(example, str):
-            skipped.append(f"{source.path}:{row.number}: {example}")
+            skipped.append(f"{row.place(source.path)}: {example}")
         else:
             examples.append(example)
     if len(skipped) > config.max_bad_rows * len(source.rows):
+        remedy = "mend or remove them, or raise it" if config.max_bad_rows else "mend them"
         raise DataError(
             f"{field} {source.path}: {len(skipped)} of {len(source.rows)} rows are unreadable, more than "
-            f"task.max_bad_rows {config.max_bad_rows:g}; the first: {'; '.join(skipped[:_EXAMPLES])}"
+            f"task.max_bad_rows {config.max_bad_rows:g}; {remedy}; the first: {'; '.join(skipped[:_EXAMPLES])}"
         )
     return tuple(examples), tuple(skipped)
 
@@ -233,7 +234,12 @@ def _check_not_empty(
             if config.held_out_path is None
             else f"{fields[1]} {config.held_out_path}"
         )
-        raise DataError(f"{rule}: no row is left for evaluation")
+        remedy = (
+            "lower task.held_out_every, add rows, or name other data in task.held_out_path"
+            if config.held_out_path is None
+            else f"give {fields[1]} readable rows, or leave it out"
+        )
+        raise DataError(f"{rule}: no row is left for evaluation; {remedy}")
     if not train:
         other = (
             f"give {fields[1]} other rows, or leave it out"

@@ -16,7 +16,6 @@ from typing import Any
 from rlsys.config.outside_tasks import BenchmarkConfig
 from rlsys.errors import DataError
 from rlsys.interfaces import Reply
-from rlsys.tables.files import Row
 from rlsys.tables.sources import Source
 from rlsys.tasks.benchmarks import BenchmarkTask
 from rlsys.tasks.dataset import Data
@@ -92,7 +91,7 @@ def _followed(turn: Mapping[str, Any], text: str) -> list[bool]:
 def _conversations(source: Source) -> Source:
     """Return the English rows with the first message as plain text, and all turns in the column `conversation`."""
     rows = tuple(
-        Row(number=row.number, values=row.values if isinstance(row.values, str) else _with_turns(row.values))
+        replace(row, values=row.values if isinstance(row.values, str) else _with_turns(row.values))
         for row in source.rows
         if isinstance(row.values, str) or row.values.get("language", LANGUAGE) == LANGUAGE
     )

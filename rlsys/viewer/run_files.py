@@ -13,6 +13,7 @@ from typing import Any
 from rlsys.config.files import load_config
 from rlsys.config.schema import Config
 from rlsys.directory import RunDirectory, SearchDirectory
+from rlsys.earlier_runs import check_run_folder
 from rlsys.errors import ConfigError, DamagedFileError, RlsysError
 from rlsys.run.lock import may_be_in_use
 from rlsys.run.rollout_files import cut_off_faults, rollout_files, rows_by_version
@@ -27,10 +28,11 @@ class RunFiles:
     Args:
         path: the run directory.
     Raises:
-        ConfigError: the folder is none.
+        ConfigError: the folder is none, or does not exist.
     """
 
     def __init__(self, path: Path) -> None:
+        check_run_folder(path)
         self.path, self.directory = path, RunDirectory(path)
         self.trees = TreeIndex(path)
         if not self.is_run():

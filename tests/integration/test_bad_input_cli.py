@@ -163,7 +163,8 @@ def test_bad_rows_are_counted_and_above_the_limit_refused(
     path = tmp_path / "data.jsonl"
     assert f"task.path: 2 of 20 rows skipped, the first: {path}:5: {reason}" in accepted("check", config)
     message = refused("train", config, "task.max_bad_rows=0.09")
-    begin = f"error: task.path {path}: 2 of 20 rows are unreadable, more than task.max_bad_rows 0.09; the first: "
+    limit = "more than task.max_bad_rows 0.09; mend or remove them, or raise it"
+    begin = f"error: task.path {path}: 2 of 20 rows are unreadable, {limit}; the first: "
     assert message.startswith(f"{begin}{path}:5: {reason}") and f"; {path}:20: {reason}" in message
     assert_nothing_begun(tmp_path / "run")
 
@@ -178,7 +179,8 @@ def test_a_prompt_fits_to_the_token(refused, accepted, tmp_path: Path, place: in
     split, count = ("train", "1 of 10 training") if place == 3 else ("held_out", "1 of 1 held-out")
     reason = f"prompt {split}/{place} has 50 tokens; actors.max_model_len minus sampling.max_tokens leaves 49"
     assert refused("train", config, "actors.max_model_len=89") == (
-        f"error: task: {count} prompts are unusable, more than task.max_bad_rows 0.01; the first: {reason}"
+        f"error: task: {count} prompts are unusable, more than task.max_bad_rows 0.01; mend or remove them, or "
+        f"raise it; the first: {reason}"
     )
     assert_nothing_begun(tmp_path / "run")
     if place == 3:
@@ -187,7 +189,10 @@ def test_a_prompt_fits_to_the_token(refused, accepted, tmp_path: Path, place: in
 
 
 DIRECTORIES = [
-    ("/proc/rlsys", ": /proc/rlsys/lock cannot be locked: "),  # nobody can make a folder there
+    (
+        "/proc/rlsys",
+        ": /proc/rlsys cannot be created (No such file or directory); choose another run.dir",
+    ),  # nobody can make a folder there
     ("{tmp}/file/run", " {tmp}/file/run: expected a folder, but {tmp}/file is no folder; choose another run.dir"),
     ("{tmp}/file", " {tmp}/file: expected a folder, but {tmp}/file is no folder; choose another run.dir"),
 ]
@@ -304,7 +309,7 @@ def test_a_full_run_directory_is_said_in_one_line_before_anything_starts(tmp_pat
     config = write_config(tmp_path, {**TINY, "model": {"path": str(tmp_path / "model")}})
     done = _command("train", config, file_bytes=50)
     path = tmp_path / "run" / "config.yaml"
-    assert done.stderr == f"error: CheckpointError: {path}: could not be written: [Errno 27] File too large\n"
+    assert done.stderr == f"error: {path}: could not be written: [Errno 27] File too large\n"
     assert (done.returncode, done.stdout) == (1, "")  # the disk is at fault, not the input
     assert {path.name for path in path.parent.iterdir()} == {"lock"}
 

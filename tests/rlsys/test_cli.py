@@ -62,8 +62,8 @@ def raising(error: BaseException) -> Callable[[], None]:
     [
         (ConfigError("train.max_steps: wrong"), 2, "error: train.max_steps: wrong"),
         (DamagedFileError("a: cannot be read; restore it"), 2, "error: a: cannot be read; restore it"),
-        (CheckpointError("no space left"), 1, "error: CheckpointError: no space left"),
-        (EngineError("actor 0 died: why"), 1, "error: EngineError: actor 0 died: why"),
+        (CheckpointError("no space left"), 1, "error: no space left"),
+        (EngineError("actor 0 died: why"), 1, "error: actor 0 died: why"),
         (InterruptedRunError("SIGTERM; the state is saved"), 143, "stopped by SIGTERM; the state is saved"),
         (AbortedRunError("SIGINT before anything was trained"), 130, "stopped by SIGINT before anything was trained"),
         (AbortedRunError("SIGTERM"), 143, "stopped by SIGTERM"),
@@ -225,10 +225,11 @@ def test_check_reads_the_data_files(run, tmp_path: Path) -> None:
     rows.write_text(json.dumps({"prompt": "a", "completion": 3}) + "\n")
     assert run(*given)[::2] == (
         2,
-        f"error: sft.path {rows}: 1 of 1 rows are unusable, more than sft.max_bad_rows 0.01; the first: row 1, column "
-        "completion: expected text or messages, found int '3'\n",
+        f"error: sft.path {rows}: 1 of 1 rows are unusable, more than sft.max_bad_rows 0.01; mend or remove them, "
+        "or raise it; the first: row 1, column completion: expected text or messages, found int '3'\n",
     )
-    assert run(*given[:3], "sft.path=rows.csv")[2] == "error: sft.path rows.csv: no such file\n"
+    relative = f"it is relative to the current folder {Path.cwd()}: change to its folder, or give an absolute path"
+    assert run(*given[:3], "sft.path=rows.csv")[2] == f"error: sft.path rows.csv: no such file; {relative}\n"
 
 
 def test_the_last_stage_names_the_section_to_continue_with(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
+from rlsys import cli
 from rlsys.config.files import load_config
 from rlsys.earlier_runs import SCRIPTS, is_local, origin
 from rlsys.errors import ConfigError
@@ -84,3 +86,17 @@ def test_every_shipped_config_that_begins_with_another_run_says_which(
         row = next((row for row in rows if re.search(rf"[`/]{re.escape(name)}`", row)), None)
         assert row is not None, f"no row of the README's table has {name}"
         assert row.split("|")[3].strip(), f"the column `run first` is empty for {name}"
+
+
+@pytest.mark.parametrize("command", ["show", "status", "view", "extract", "export --output {tmp}/x"])
+def test_a_run_folder_that_does_not_exist_is_named_with_a_similar_one(
+    tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "additions").mkdir()
+    name, *options = command.format(tmp=tmp_path).split()
+    monkeypatch.setattr(sys, "argv", ["rlsys", name, str(tmp_path / "aditions"), *options])
+    with pytest.raises(SystemExit, match="^2$"):
+        cli.main()
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {tmp_path}/aditions: ")
+    assert error.endswith(f"no such folder; did you mean {tmp_path}/additions?\n")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rlsys.errors import ConfigError
-from rlsys.plugins import load_plugin, plugin_digests, raised_text
+from rlsys.plugins import check_sources, load_plugin, plugin_digests, raised_text
 
 
 def test_a_script_that_ends_the_program_is_a_fault_of_the_file(tmp_path: Path) -> None:
@@ -59,3 +59,12 @@ def test_every_named_file_has_a_digest(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_has_no_digest(tmp_path: Path) -> None:
     assert plugin_digests({"fn": "none.py:f"}, str(tmp_path)) == {"plug-in none.py": ""}
+
+
+def test_a_file_or_module_that_is_not_there_is_refused_without_an_import(tmp_path: Path) -> None:
+    (tmp_path / "raises.py").write_text("raise ValueError")
+    functions = [{"fn": "format"}, {"fn": "raises.py:f"}, {"fn": "raises:f"}, {"fn": "json:loads"}, {"fn": ".x:f"}]
+    check_sources({"rewards": {"functions": functions}, "objective": {"estimator": "k3"}}, str(tmp_path))
+    for name, fault in (("none.py:f", f"no such file {tmp_path}/none.py"), ("own_module_c.inner:f", "no such module")):
+        with pytest.raises(ConfigError, match=f"^rewards.functions.5.fn '{name}': cannot import .*{fault}"):
+            check_sources({"rewards": {"functions": [*functions, {"fn": name}]}}, str(tmp_path))

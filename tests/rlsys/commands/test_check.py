@@ -111,6 +111,16 @@ def test_the_verifier_of_an_own_task_is_tried(folder: Path, capsys: pytest.Captu
     assert lines[-1] == "ok, 1 warning"
 
 
+def test_fewer_training_problems_than_a_step_takes_are_a_note(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "rows.csv").write_text("question,answer\n" + "".join(f"{n}?,{n}\n" for n in range(4)))
+    task = {"type": "dataset", "path": "rows.csv", "held_out_every": 2}
+    note = "train.groups_per_step 4 exceeds the number of training problems, 2: a step has some of them more than once"
+    lines = lines_of(config(task=task, stages=["online"]), capsys)
+    assert [line for line in lines if line.startswith(note)] and lines[-1] == "ok"
+    few = {"max_steps": 7, "groups_per_step": 2, "group_size": 2, "updates_per_step": 1}
+    assert note[:22] not in "\n".join(lines_of(config(task=task, stages=["online"], train=few), capsys))
+
+
 @pytest.mark.parametrize(("fault", "detail"), [("raises", "KeyError: 'key'"), ("hangs", "0.5 s")])
 def test_a_verifier_that_fails_is_refused(folder: Path, fault: str, detail: str) -> None:
     task = {"type": "custom", "fn": "echo.py:Echo", "arguments": {"fault": fault}}

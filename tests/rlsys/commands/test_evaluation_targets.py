@@ -219,3 +219,28 @@ def test_runs_with_other_problems_are_not_compared(
     with pytest.raises(ConfigError, match="other: its run has other held-out problems than .*; name the config"):
         find_tasks(both, None, [], [])
     assert len(find_tasks(both, str(run / "config.yaml"), [], [])) == 1
+
+
+@pytest.mark.parametrize(
+    ("sections", "key", "name", "remedy"),
+    [
+        ({"task": {"type": "dataset", "path": "additions.jsonl"}}, "task.path", "additions.jsonl", "task.path=/abs"),
+        (
+            {"rewards": {"functions": [{"fn": "format"}, {"fn": "mine.py:short"}]}},
+            *("rewards.functions.1.fn", "mine.py", r"rewards.functions=\[...\] with absolute"),
+        ),
+    ],
+)
+def test_relative_paths_of_a_run_are_named_with_its_config_and_the_folder_that_was_searched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any], key: str, name: str, remedy: str
+) -> None:
+    run = make_run(tmp_path / "run", **sections)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    found = f"^{key} {name} in {run / 'config.yaml'}: no such file in the current folder {tmp_path / 'elsewhere'}; "
+    with pytest.raises(ConfigError, match=f"{found}.* the run's first command, or give {remedy}"):
+        find_tasks([find_target(str(run))], None, [], [])
+    override = "task.path=/data.jsonl" if key == "task.path" else "rewards.functions=[{fn: /mine.py:short}]"
+    assert find_tasks([find_target(str(run))], None, [], [override])
+    Path(name).touch()
+    assert find_tasks([find_target(str(run))], None, [], [])

@@ -162,7 +162,7 @@ def test_failed_trees_up_to_the_share_are_kept_in_their_places(tmp_path: Path) -
 
 
 def test_more_failed_trees_are_an_error_once_they_are_kept(tmp_path: Path) -> None:
-    message = r"3 of 10 trees failed, more than search\.max_failed_trees = 0\.2; the first: p\d: too long"
+    message = r"3 of 10 trees failed, more than search\.max_failed_trees = 0\.2; mend .*; the first: p\d: too long"
     pool = Pool(2, failing(1, 2, 8))
     with pytest.raises(TooManyFailuresError, match=message):
         run(opened(tmp_path, share=0.2), pool)
@@ -175,7 +175,7 @@ def test_more_failed_trees_are_an_error_once_they_are_kept(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("outcome", ["error", "timeout"])
 def test_failed_verifications_are_limited_too(tmp_path: Path, outcome: Outcome) -> None:
-    message = r"2 of 10 verifications failed, more than search\.max_failed_trees = 0\.1; the first: p\d: why"
+    message = r"2 of 10 verifications failed, more than search\.max_failed_trees = 0\.1; mend .*; the first: p\d: why"
     pool = Pool(2, lambda prompt: tree(prompt, outcome if int(prompt.answer) < 2 else "wrong"))
     with pytest.raises(TooManyFailuresError, match=message):
         run(opened(tmp_path, share=0.1), pool)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 from pathlib import Path
 from typing import Any
 
 import fakes
 import pytest
+from minimal_config import minimal_with
 from rich.console import Console
 from tree_samples import golden
 from viewed_run import step_record, write_rollouts
 
 from rlsys.commands.show import run
-from rlsys.errors import ConfigError, DamagedFileError
+from rlsys.config.files import dump_config
+from rlsys.errors import ConfigError, DamagedFileError, EngineError
+from rlsys.run.journal import Journal
 from rlsys.run.lock import RunLock
 from rlsys.run.rollout_files import RolloutLog
 from rlsys.search.tree_json import tree_line
@@ -64,10 +69,30 @@ def test_the_wrong_ones_of_all_steps(run_dir: Path) -> None:
     assert rewards(lines) == ["0", "0"]
     assert shown(run_dir, pick="wrong", prompt="p1")[0] == "rollouts that are not right: 1 of the 6 kept completions"
     assert shown(run_dir, pick="wrong", step=2) == [
-        "rollouts of step 2 that are not right: 0 of the 6 kept completions"
+        "rollouts of step 2 that are not right: 0 of the 6 kept completions",
+        "(a run keeps up to 4 completions of each of run.kept_prompts prompts of a step, not the others)",
     ]
     with pytest.raises(ConfigError, match="--step: no rollouts of step 9 are kept"):
         shown(run_dir, pick="wrong", step=9)
+
+
+def test_wrong_ones_that_are_not_kept_are_counted_by_the_accuracy(run_dir: Path) -> None:
+    config = minimal_with(["run.kept_prompts=2", "train.groups_per_step=8", "train.group_size=3"])
+    (run_dir / "config.yaml").write_text(dump_config(config))
+    rows = [
+        {"stage": "online", "step": step, "weights/version": 300 + step, "rollout/accuracy": accuracy}
+        for step, accuracy in ((1, 0.0), (2, 22 / 24), (3, 0.5))
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rule = "a run keeps up to 4 completions of each of run.kept_prompts = 2 of the 8 prompts of a step"
+    note = f"({rule}; 2 of all 24 of these steps were not right (rollout/accuracy))"
+    assert shown(run_dir, pick="wrong", step=2)[1] == note
+    assert "; 26 of all 48 of these steps were" in " ".join(shown(run_dir, pick="wrong")[:3])
+    (run_dir / "config.until_000301.yaml").touch()  # the steps before may have had another size
+    assert " ".join(shown(run_dir, pick="wrong", step=2)[1:]) == f"({rule}, not the others)"
+    small = minimal_with(["train.groups_per_step=2", "train.group_size=3", "train.updates_per_step=1"])
+    (run_dir / "config.yaml").write_text(dump_config(small))
+    assert len(shown(run_dir, pick="wrong", step=2)) == 1  # all are kept
 
 
 def test_the_newest_wrong_ones_are_shown(tmp_path: Path) -> None:
@@ -101,6 +126,19 @@ def test_a_file_that_is_cut_off_is_named(run_dir: Path) -> None:
         shown(run_dir)
     with RunLock(run_dir), pytest.raises(ConfigError, match="it has no rollouts"):
         shown(run_dir)
+
+
+def test_a_run_that_ended_early_names_the_command_that_has_the_reason(tmp_path: Path) -> None:
+    with contextlib.suppress(EngineError), Journal(tmp_path):
+        raise EngineError("2 of 8 verifications failed")
+    reason = f"; it ended early: `rlsys status {tmp_path}` has the reason$"
+    for options, message in (({}, "found neither in it nor in .*"), ({"pick": "wrong"}, "it has no rollouts; .*")):
+        with pytest.raises(ConfigError, match=message + reason):
+            shown(tmp_path, **options)
+    with Journal(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match="kept_prompts prompts of a step$"):
+        shown(tmp_path, pick="wrong")
 
 
 def test_rollouts_of_a_prompt(run_dir: Path) -> None:

@@ -75,7 +75,7 @@ def test_a_failed_run_does_not_say_that_it_has_no_failures(tmp_path: Path) -> No
     with contextlib.suppress(EngineError), RunLock(tmp_path), Journal(tmp_path):
         raise EngineError("75 of 128 verifications failed")
     text = " ".join(shown(tmp_path).split())
-    assert "state failed: EngineError: 75 of 128 verifications failed" in text
+    assert "state failed: 75 of 128 verifications failed" in text
     assert "failures none in the recorded steps; state says what ended the run" in text
 
 

@@ -72,4 +72,4 @@ def test_a_folder_that_is_no_run_is_one_line(
         cli.main()
     error = capsys.readouterr().err
     assert left.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    assert "expected a run directory" in error
+    assert ": no such folder" in error

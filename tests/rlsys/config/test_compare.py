@@ -247,6 +247,8 @@ def test_every_fixed_field_is_refused(begun: str, field: str, tmp_path: Path) ->
         section = section.setdefault(key, {})
     section[name[-1]] = FIXED[begun][field]
     was, now = (flat_fields(each.model_dump(mode="json"))[field] for each in (before, parse_config(values, "test")))
+    written = {"None": "null", "True": "true", "False": "false"}
+    was, now = (written.get(str(each), each) for each in (was, now))
     with pytest.raises(ConfigError) as caught:
         start(tmp_path, parse_config(values, "test"))
     assert caught.value.message == (

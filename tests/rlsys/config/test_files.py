@@ -26,6 +26,10 @@ CONFIGS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
         ("{[1, 2]: 3}", 1, "key"),
         ("a: [1, 2", 1, "expected"),
         ("a: [1, 2\n", 2, "expected"),
+        ("a:\n  b: 1\n    c: 2\n", 3, "^c.yaml:3: no second colon can stand here; check the indentation of this line"),
+        ("a:\n  b: 1\n c: 2\n", 3, "^c.yaml:3: this line does not fit those above it; check the indentation"),
+        ("- a\nb: 1\n", 2, "check the indentation"),
+        ("a:\n  b: 1\n  c\n  d: 3\n", 4, "found no colon; check the indentation, and the line above"),
     ],
 )
 def test_unusable_yaml_names_the_line(text: str, line: int, found: str) -> None:
@@ -210,7 +214,7 @@ def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path: Path, text: str)
         ),
         (
             {"task": {"type": "dataset", "path": "c", "prompt_template": "x"}},
-            "c.yaml: task: prompt_template must contain",
+            "c.yaml: task: prompt_template must contain {question}, which stands for the text of the column 'question'",
         ),
         (
             {"search": {"selection": {"type": "puct", "exploration": "x"}}},

@@ -268,7 +268,7 @@ def test_rows_that_are_too_long_are_left_out(tmp_path: Path, chat: bool) -> None
     assert rows.token_ids.lengths.tolist() == [20, 20]
     assert "1 of 3 rows left out, the first: row 2, column" in rows.notes[0]
     assert "21 tokens with the prompt, actors.max_model_len is 20" in rows.notes[0]
-    with pytest.raises(DataError, match=r"1 of 3 rows are unusable, more than sft\.max_bad_rows 0\.1"):
+    with pytest.raises(DataError, match=r"1 of 3 rows are unusable, more than sft\.max_bad_rows 0\.1; mend or remove"):
         small.supervised(path, "sft.path", 0.1)
 
 

@@ -338,3 +338,15 @@ def test_a_run_directory_that_cannot_be_written_is_refused(tmp_path: Path, monke
     monkeypatch.setattr(preflight.os, "access", lambda folder, _mode: folder != tmp_path)  # root may write anywhere
     with pytest.raises(ConfigError, match=rf"^run\.dir .* but {tmp_path} cannot; change its permissions"):
         check_settings(config(run={"dir": str(tmp_path / "new" / "run")}), "check")
+
+
+@pytest.mark.parametrize("purpose", ["train", "check", "evaluate", "search"])
+def test_functions_in_files_that_do_not_exist_are_refused_by_the_commands_that_call_them(purpose: Purpose) -> None:
+    with pytest.raises(ConfigError, match=r"^rewards\.functions\.0\.fn 'none\.py:f': cannot import none\.py: no such"):
+        check_settings(config(rewards={"functions": [{"fn": "none.py:f"}]}), purpose)
+    learning = config(objective={"policy": {"estimator": "none.py:f"}})
+    if purpose in ("evaluate", "search"):
+        check_settings(learning, purpose)
+        return
+    with pytest.raises(ConfigError, match=r"^objective\.policy\.estimator 'none\.py:f': cannot import none\.py: no "):
+        check_settings(learning, purpose)

@@ -68,5 +68,5 @@ def test_a_started_program_does_not_hold_the_lock(tmp_path: Path) -> None:
 
 def test_unusable_run_dir_is_a_config_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run\.dir"):
+    with pytest.raises(ConfigError, match=r"^run\.dir: .*/file/run cannot be created \(Not a directory\); choose"):
         RunLock(tmp_path / "file" / "run").__enter__()

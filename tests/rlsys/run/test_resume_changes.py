@@ -47,7 +47,7 @@ def test_the_config_before_a_change_is_kept(tmp_path: Path) -> None:
         ({"task__max_length": 10}, "task.max_length", "9", "10"),
         ({"stages": ["online"]}, "stages", "['warm_start', 'online']", "['online']"),
         ({"task": {"type": "dataset", "path": "x"}}, "task.type", "letter_count", "dataset"),
-        ({"model": {"from_scratch": {}}}, "model.path", "some/model", "None"),
+        ({"model": {"from_scratch": {}}}, "model.path", "some/model", "null"),
     ],
 )
 def test_a_fixed_field_that_differs_is_named(

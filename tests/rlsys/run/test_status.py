@@ -78,7 +78,7 @@ def test_a_running_run(run_dir: Path) -> None:
         (None, "interrupted", "steps are missing; the same command continues"),
         (InterruptedRunError("SIGTERM; saved, it continues"), "interrupted", "SIGTERM; saved, it continues"),
         (AbortedRunError("SIGINT twice"), "interrupted", "SIGINT twice; the same command continues"),
-        (EngineError("Ray is lost"), "failed", "EngineError: Ray is lost"),
+        (EngineError("Ray is lost"), "failed", "Ray is lost"),
         (OSError("no space"), "failed", "OSError: no space"),
     ],
 )

@@ -274,7 +274,7 @@ def test_another_origin_is_refused_by_field(tmp_path: Path, count: int) -> None:
     before = files(tmp_path)
     with pytest.raises(ConfigError, match=r"^run\.seed differs .*expected 0, found 1; set it back, or start another"):
         check_origin(tmp_path, {**FIXED, "run.seed": 1}, INPUTS)
-    with pytest.raises(ConfigError, match=r"^search\.s.* differs .*, found None; .*also different: search\.new"):
+    with pytest.raises(ConfigError, match=r"^search\.s.* differs .*, found null; .*also different: search\.new"):
         check_origin(tmp_path, {"run.seed": 0, "search.new": 1}, INPUTS)
     with pytest.raises(ConfigError, match=r"^model\.path: the contents differ"):
         check_origin(tmp_path, FIXED, {**INPUTS, "model.path": "d2"})

@@ -110,8 +110,34 @@ def test_unreadable_lines_of_json_lines_stay_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{broken\n{"a": 1}\n[1]\n')
     first, second, third = values(path)
-    assert first.startswith("not JSON")
+    assert first == "not JSON: Expecting property name enclosed in double quotes at column 2"
     assert (second, third) == ({"a": 1}, "expected a JSON object, found list")
+
+
+def test_a_line_that_ends_too_early_has_the_column_behind_its_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"a": 1}\n{"a": \n\n')
+    assert values(path)[1] == "not JSON: Expecting value at column 6"
+    (tmp_path / "a.json").write_text('\n[\n\n{"a": }]')
+    with pytest.raises(DataError, match="expected one JSON array, found not JSON: Expecting value at line 4 column 7$"):
+        read(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "places"),
+    [
+        ("a.csv", 'a,b\n1,"2\n3"\n\n4,5\n', [":2", ":5"]),
+        ("a.tsv", "a\tb\r\n1\t2\r\n\r\n4\t5", [":2", ":4"]),
+        ("b.csv", '"a\nx",b\r1,2\r4,5', [":3", ":4"]),
+        ("a.jsonl", '{"a": 1}\n\n{"a": 2}\n', [":1", ":3"]),
+        ("a.json", '[{"a": 1},\n{"a": 2}]', [", row 1", ", row 2"]),
+    ],
+)
+def test_a_row_is_named_by_its_line_or_else_by_its_number(
+    tmp_path: Path, name: str, text: str, places: list[str]
+) -> None:
+    (tmp_path / name).write_bytes(text.encode())
+    assert [row.place("x") for row in read(tmp_path / name).rows] == [f"x{place}" for place in places]
 
 
 def test_entries_of_an_array_that_are_no_objects_stay_rows(tmp_path: Path) -> None:
@@ -130,7 +156,7 @@ BAD = {
     "a.arrow": (b"no arrow", "not a readable Arrow file"),
     "a.parquet.gz": (gzip.compress(b"no parquet"), "not a readable Parquet file"),
     "a.csv": (b"a,b,a\n1,2,3\n", "column a: expected it once, found it 2 times"),
-    "b.csv": (b'a,b\n1,"2" x\n', "not readable after row 0"),
+    "b.csv": (b'a,b\n1,2\n\n1,"2" x\n', "not readable from line 4 on"),
     "c.csv": (b"a,b\n", "expected at least one row, found none"),
     "b.json": (b"[]", "expected at least one row, found none"),
 }

@@ -155,7 +155,8 @@ def test_unreadable_row_is_skipped_counted_and_explained(tmp_path, bad):
     [note] = task.notes()
     assert note.startswith(f"task.path: 1 of 8 rows skipped, the first: {path}:3: ") and BAD_ROWS[bad] in note
     assert all_ids(task, "train") == [f"train/{i}" for i in (1, 2, 5, 6, 7)]
-    with pytest.raises(DataError, match=r"1 of 8 rows are unreadable, more than task\.max_bad_rows 0\.124; .*:3: "):
+    limit = r"more than task\.max_bad_rows 0\.124; mend or remove them, or raise it"
+    with pytest.raises(DataError, match=rf"1 of 8 rows are unreadable, {limit}; the first: .*:3: "):
         task_of(path, answer_pattern="#### (.+)", max_bad_rows=0.124).size("train")
 
 
@@ -199,7 +200,7 @@ def test_unusable_data_sets_say_what_to_change(tmp_path):
         ({"path": path}, r"task\.question_column: .*no column 'question'; its columns are problem, solution"),
         (
             {"path": path, "question_column": "problem", "answer_column": "solution"},
-            r"one in task\.held_out_every 10 of task\.path .*: no row is left for evaluation",
+            r"one in task\.held_out_every 10 of task\.path .*: no row is left for evaluation; lower .*, add rows",
         ),
         ({"path": path, "answer_pattern": "("}, r"task\.answer_pattern '\(': not a regular expression"),
         ({"path": path, "answer_pattern": "a"}, r"task\.answer_pattern 'a': expected a group"),

@@ -113,9 +113,7 @@ class BrokenVerifier:
 def test_a_verifier_that_fails_ends_the_run_before_anything_is_learned_from_it(tmp_path: Path) -> None:
     run = Run(tmp_path, config(stages=["online"], train={"max_verifier_failures": 0.4}))
     BrokenVerifier(run, 0)
-    message = (
-        r"2 of 4 verifications failed, more than train\.max_verifier_failures = 0\.4; .*prompt train-\d+@0: no such"
-    )
+    message = r"2 of 4 verifications failed, more than train\.max_verifier_failures = 0\.4; mend the .*@0: no such"
     with pytest.raises(TooManyFailuresError, match=message):
         run()
     assert run.only("train") == []
