@@ -130,11 +130,11 @@ def _watch(child: int, family: _Family, watched: Collection[signal.Signals], act
         if problem:
             print(problem, file=sys.stderr, flush=True)
         terminated = received is not None and received.si_signo == signal.SIGTERM
-        if problem or terminated or os.getppid() != actor:
+        status = _collect().get(child)
+        if problem or (terminated and status is None) or os.getppid() != actor:
             end_descendants()
             os._exit(1)  # without cleanup, because the actor waits
-        status = _collect().get(child)
-        if status is not None:
+        if status is not None:  # the code tells why, also to an actor that has lost its patience since
             end_descendants()
             _leave_as(os.waitstatus_to_exitcode(status))
 
