@@ -54,6 +54,7 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=_obey_interrupts,
         ) as server:
             assert server.stdout is not None
             try:
@@ -68,6 +69,11 @@ class Shell:
                 return output + server.communicate()[0]
             finally:
                 server.kill()
+
+
+def _obey_interrupts() -> None:
+    """A shell lets the programs that it starts in the background ignore SIGINT, and so all that they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _has_vllm_program() -> bool:
