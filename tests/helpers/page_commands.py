@@ -158,6 +158,7 @@ RUNS: dict[str, dict[str, Run]] = {
             asks=(f"curl -sS {VIEW}", "<html"),
         ),
         "rlsys show RUN --step 40": Run(values={"RUN": "runs/quickstart"}, prints=("rollouts of step 40",)),
+        "rlsys show RUN --pick wrong": Run(values={"RUN": "runs/quickstart"}, prints=("that are not right",)),
         "rlsys show RUN": Run(values={"RUN": "runs/quickstart"}, prints=("rollouts of step 60",)),
     },
 }
