@@ -68,8 +68,8 @@ OVERRIDES = [
     ("model={path: /nowhere/model}", "model.path /nowhere/model: "),
     ("model={path: not-there/at-all}", "model.path not-there/at-all: "),
     ("model.path=x", "give exactly one of model.path and model.from_scratch"),
-    ("actors.threads=1000", "actors.count or actors.threads: the rollout phase needs 2000 threads"),
-    ("learner.threads=1000", "learner.ranks or learner.threads: the learning phase needs 2000 threads"),
+    ("actors.threads=1000", "actors.count or actors.threads: the rollout phase needs 2,000 threads"),
+    ("learner.threads=1000", "learner.ranks or learner.threads: the learning phase needs 2,000 threads"),
     ("actors.kv_cache_gib=100000", "actors.count, actors.kv_cache_gib or learner.ranks: "),
     ("run.resume=/nowhere/step_000001", "run.resume /nowhere/step_000001: expected auto, never or the folder of a "),
     ("task={type: dataset, path: /nowhere/data.jsonl}", "task.path /nowhere/data.jsonl: no such file"),
@@ -233,7 +233,7 @@ def test_resume_that_changes_a_fixed_field(refused, finished_run: FinishedRun, o
 
 def test_refused_resume_leaves_the_config_of_the_run(refused, finished_run: FinishedRun) -> None:
     before = (finished_run.dir / "config.yaml").read_text()
-    assert "needs 2000 threads" in refused("train", finished_run.config, "actors.threads=1000", "train.max_steps=99")
+    assert "needs 2,000 threads" in refused("train", finished_run.config, "actors.threads=1000", "train.max_steps=99")
     assert (finished_run.dir / "config.yaml").read_text() == before
 
 
