@@ -190,6 +190,7 @@ def test_the_model_of_the_search_is_served_in_place_of_the_policy(checks: Checks
     assert [engines.role for engines in prepared.auxiliary] == ["reviewer"]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("field", ["teacher.model.path", "teacher.in_learner"])
 def test_a_teacher_whose_ids_stand_for_other_tokens_is_refused(field: str, tmp_path: Path) -> None:
     size = FromScratchConfig(hidden_size=32, layers=1, heads=1, intermediate_size=16)
